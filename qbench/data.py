@@ -1,0 +1,140 @@
+"""What a method may see: calibration images, training data where its track allows it, the loss, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbench.datasets.base import Augment
+from qbench.errors import UserError
+
+
+class ImageSource(Protocol):
+    """Preprocessed images by position."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: Sequence[int]) -> Tensor:
+        """Normalised float32 (B, C, H, W)."""
+
+
+class Batches:
+    """The calibration images, in a fixed order: iterating yields batches (B, C, H, W) on the device."""
+
+    def __init__(self, source: ImageSource, device: torch.device, batch_size: int = 32) -> None:
+        self.source, self.device, self.batch_size = source, device, batch_size
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.source)
+
+    def __len__(self) -> int:
+        return -(-self.images // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, self.images, self.batch_size):
+            yield self.source.batch(range(start, min(start + self.batch_size, self.images))).to(self.device)
+
+    def first(self, images: int, batch_size: int | None = None) -> Batches:
+        """The first `images` images only, optionally in batches of another size.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        if images > self.images:
+            raise UserError(f"{images} calibration images are asked for, but the suite provides {self.images}")
+        return Batches(_Head(self.source, images), self.device, batch_size or self.batch_size)
+
+
+class _Head:
+    def __init__(self, source: ImageSource, count: int) -> None:
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, positions: Sequence[int]) -> Tensor:
+        return self.source.batch(positions)
+
+
+class Training:
+    """The labelled training split: `epoch` yields shuffled, augmented batches."""
+
+    def __init__(
+        self, source: ImageSource, targets: Sequence[Any], device: torch.device, augment: Augment | None
+    ) -> None:
+        self.source, self.targets, self.device, self.augment = source, targets, device, augment
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.source)
+
+    def epoch(self, number: int, *, batch_size: int, seed: int, augment: bool = True) -> Iterator[tuple[Tensor, Any]]:
+        """One pass in an order set by (seed, number); the last, smaller batch is left out unless it is the only one.
+
+        Yields:
+            images (B, C, H, W) and targets: class indices (B,), or a list of `Boxes`.
+        """
+        order = np.random.default_rng([seed, number]).permutation(self.images)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        size = min(batch_size, self.images)
+        for start in range(0, self.images - size + 1, size):
+            chosen = order[start : start + size].tolist()
+            x, y = self.source.batch(chosen), collate([self.targets[i] for i in chosen])
+            if augment and self.augment is not None:
+                x, y = self.augment(x, y, generator)
+            yield x.to(self.device), y.to(self.device) if isinstance(y, Tensor) else y
+
+
+def collate(targets: list[Any]) -> Any:
+    """Class indices become a tensor (B,); boxes stay a list."""
+    return torch.tensor(targets) if isinstance(targets[0], (int, np.integer)) else targets
+
+
+class Data:
+    """The second argument of every method.
+
+    Attributes:
+        calibration: the same images for every method, unlabelled.
+        loss: `(outputs, targets) -> scalar`, the task's loss.
+        device: where the model is and the images come.
+        seed: of this run.
+        progress: call with a fraction in [0, 1] as often as you like.
+        record: call with a name and JSON-able raw values that belong in the result (a loss curve, errors per layer).
+    """
+
+    def __init__(
+        self,
+        calibration: Batches,
+        train: Training | None,
+        loss: Callable[[Any, Any], Tensor],
+        *,
+        seed: int = 0,
+        progress: Callable[[float], None] = lambda _: None,
+        record: Callable[[str, Any], None] = lambda _name, _values: None,
+    ) -> None:
+        self.calibration, self._train, self.loss, self.seed = calibration, train, loss, seed
+        self.progress, self.record = progress, record
+        self.device = calibration.device
+
+    @property
+    def train(self) -> Training:
+        """The labelled training images.
+
+        Raises:
+            UserError: the method's track is not `qat`.
+        """
+        if self._train is None:
+            raise UserError("this method is registered with track='ptq' and may not use labelled data; use track='qat'")
+        return self._train
+
+    @property
+    def example(self) -> Tensor:
+        """The first calibration image as a batch of one."""
+        return self.calibration.source.batch([0]).to(self.device)

@@ -1,0 +1,1 @@
+"""One quantization method per file."""

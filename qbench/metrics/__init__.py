@@ -1,0 +1,1 @@
+"""Raw measurements of a finished run."""

@@ -1,0 +1,1 @@
+"""Float models: what is built, its preprocessing, and the hash of its weights."""

@@ -1,0 +1,72 @@
+"""Weights from safetensors files, and fitting them to an architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from qbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A safetensors file, looked for as given, then in the folder that QBENCH_WEIGHTS names."""
+
+    path: str
+
+    def find(self) -> Path:
+        """
+        Raises:
+            UserError: the file is in neither place.
+        """
+        folder = os.environ.get("QBENCH_WEIGHTS")
+        places = [Path(self.path), *([Path(folder) / self.path] if folder else [])]
+        for place in places:
+            if place.is_file():
+                return place
+        looked = " and ".join(str(place) for place in places)
+        hint = "" if folder else "; set QBENCH_WEIGHTS to the folder that holds it"
+        raise UserError(f"checkpoint {self.path!r} not found: looked for {looked}{hint}")
+
+    def fingerprint(self) -> str:
+        with self.find().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    def load(self) -> Mapping[str, Tensor]:
+        path = self.find()
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a complete safetensors file ({error}); fetch it again") from error
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the state dict, strictly.
+
+    Raises:
+        UserError: keys are missing, unexpected, or of another shape; the message names them.
+    """
+    own = module.state_dict()
+    # Counters that only matter when training goes on: checkpoints converted from other frameworks lack them.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{title}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+        for title, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"the checkpoint does not fit {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(dict(state), strict=False)

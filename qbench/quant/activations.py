@@ -1,0 +1,106 @@
+"""Activation quantizers: modules attached to a layer's input, static or dynamic, of any bit width.
+
+They simulate integers in float (quantize, then dequantize); torch.export, torch.jit and OpenVINO trace through them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+_NAME = "input_quantizer"
+
+
+class StaticQuantizer(nn.Module):
+    """Affine quantizer per tensor with a fixed scale and zero point."""
+
+    kind: ClassVar[str] = "static"
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int = 8, symmetric: bool = False, scale: float = 1.0, zero_point: int = 0) -> None:
+        """Codes of `bits` bits span the full signed range if symmetric, else [0, 2**bits - 1].
+
+        Args:
+            bits: width of the codes.
+            symmetric: signed codes with zero point 0.
+            scale: step, in units of the activation.
+            zero_point: code of 0.
+        """
+        super().__init__()
+        self.bits, self.symmetric = bits, symmetric
+        self.low, self.high = (
+            (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else code_range(bits, symmetric=False)
+        )
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.register_buffer("zero_point", torch.tensor(int(zero_point), dtype=torch.int32))
+
+    def config(self) -> dict[str, Any]:
+        return {"bits": self.bits, "symmetric": self.symmetric}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+
+
+class DynamicQuantizer(nn.Module):
+    """Quantizer whose scale is computed at run time from the range, per image or per token (last axis)."""
+
+    kind: ClassVar[str] = "dynamic"
+
+    def __init__(self, bits: int = 8, symmetric: bool = False, granularity: str = "tensor") -> None:
+        super().__init__()
+        self.bits, self.symmetric, self.granularity = bits, symmetric, granularity
+
+    def config(self) -> dict[str, Any]:
+        return {"bits": self.bits, "symmetric": self.symmetric, "granularity": self.granularity}
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Per image, never per batch: an image's answer must not depend on its neighbours in the batch.
+        axes = (x.dim() - 1,) if self.granularity == "token" else tuple(range(1, x.dim()))
+        high, low = x.amax(axes, keepdim=True).clamp(min=0), x.amin(axes, keepdim=True).clamp(max=0)
+        if self.symmetric:
+            top = 2 ** (self.bits - 1) - 1
+            scale = (torch.maximum(high, -low) / top).clamp(min=1e-12)
+            return (x / scale).round().clamp(-top - 1, top) * scale
+        top = 2**self.bits - 1
+        scale = ((high - low) / top).clamp(min=1e-12)
+        zero = (-low / scale).round()
+        return ((x / scale).round() + zero).clamp(0, top).sub(zero) * scale
+
+
+_KINDS: dict[str, type[nn.Module]] = {cls.kind: cls for cls in (StaticQuantizer, DynamicQuantizer)}
+
+
+def _quantize(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (layer.get_submodule(_NAME)(inputs[0]), *inputs[1:])
+
+
+def quantize_input(layer: nn.Module, quantizer: nn.Module) -> None:
+    """Attach a quantizer to the input of a layer, in place of the one it has."""
+    if not hasattr(layer, _NAME):
+        layer.register_forward_pre_hook(_quantize)
+    layer.add_module(_NAME, quantizer)
+
+
+def input_quantizer(layer: nn.Module) -> nn.Module | None:
+    """The quantizer attached to the layer's input."""
+    return layer._modules.get(_NAME)
+
+
+def input_quantizers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every attached quantizer by the name of its layer."""
+    found = {name: input_quantizer(module) for name, module in model.named_modules()}
+    return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+
+def describe(quantizer: nn.Module) -> dict[str, Any]:
+    """Kind and configuration, from which `build` makes an equal one but for its buffers."""
+    return {"kind": quantizer.kind, **quantizer.config()}  # type: ignore[operator]
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """An activation quantizer from its description."""
+    arguments = dict(description)
+    return _KINDS[arguments.pop("kind")](**arguments)

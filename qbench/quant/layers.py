@@ -1,0 +1,84 @@
+"""The layers that carry weights, and attaching encodings to them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.encodings import Encoding
+
+WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ATTRIBUTE = "qbench_encodings"
+
+
+def named_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions and linear layers by name, in registration order; a module that is used twice appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)}
+
+
+def weight_layers(model: nn.Module) -> list[nn.Module]:
+    """Convolutions and linear layers, in registration order."""
+    return list(named_weight_layers(model).values())
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's weight, detached, in float32."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().float()
+
+
+def output_axis(layer: nn.Module) -> int:
+    """The axis of the weight that counts output channels: 1 for transposed convolutions, else 0."""
+    return 1 if isinstance(layer, TRANSPOSED) else 0
+
+
+def select_layers(
+    model: nn.Module, bits: int, edge_bits: int | None = None, skip: tuple[str, ...] = ()
+) -> Iterator[tuple[str, nn.Module, int]]:
+    """The layer policy that every method understands the same way: `(name, layer, bits)` of the layers to quantize.
+
+    Args:
+        model: the model.
+        bits: bit width of all layers but the edges.
+        edge_bits: bit width of the first and the last layer; None means `bits`, 32 leaves them in float.
+        skip: layers left in float: those whose name equals or begins with one of these.
+    """
+    layers = named_weight_layers(model)
+    names = list(layers)
+    for name, layer in layers.items():
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in skip):
+            continue
+        chosen = bits if edge_bits is None or name not in (names[0], names[-1]) else edge_bits
+        if chosen < 32:
+            yield name, layer, chosen
+
+
+def encode(layer: nn.Module, encoding: Encoding, parameter: str = "weight") -> None:
+    """Attach the encoding and set the parameter to its decoded value: the model in memory is what the codes say.
+
+    Raises:
+        ValueError: the decoded tensor does not have the parameter's shape.
+    """
+    target = getattr(layer, parameter)
+    decoded = encoding.decode()
+    if decoded.shape != target.shape:
+        raise ValueError(f"the encoding decodes to {tuple(decoded.shape)}, but {parameter} is {tuple(target.shape)}")
+    with torch.no_grad():
+        target.copy_(decoded)
+    layer.__dict__.setdefault(_ATTRIBUTE, {})[parameter] = encoding
+
+
+def encodings(model: nn.Module) -> dict[str, Encoding]:
+    """Every attached encoding by the full name of its parameter."""
+    return {
+        f"{name}.{parameter}" if name else parameter: encoding
+        for name, module in model.named_modules()
+        for parameter, encoding in module.__dict__.get(_ATTRIBUTE, {}).items()
+    }
+
+
+def clear_encodings(layer: nn.Module) -> None:
+    """Forget the encodings of one layer, when its weight is about to be changed."""
+    layer.__dict__.pop(_ATTRIBUTE, None)

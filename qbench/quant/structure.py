@@ -1,0 +1,48 @@
+"""Structural changes as named, replayable operations, recorded with the model.
+
+An operation changes the modules of a model (folds a batch norm away, splits a layer) given JSON-able arguments. It is
+recorded, so that an artifact is rebuilt from architecture, operations and stored tensors, with no pickled code.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Operation = Callable[..., None]
+_OPERATIONS: dict[str, Operation] = {}
+_RECORD = "qbench_structure"
+
+
+def operation(name: str) -> Callable[[Operation], Operation]:
+    """Register `(model, **arguments) -> None`; it must work on a fresh architecture whose weights come later."""
+
+    def decorate(function: Operation) -> Operation:
+        _OPERATIONS[name] = function
+        return function
+
+    return decorate
+
+
+def apply(model: nn.Module, name: str, **arguments: Any) -> None:
+    """Perform the operation on the model and record it."""
+    _OPERATIONS[name](model, **arguments)
+    model.__dict__.setdefault(_RECORD, []).append({"operation": name, **arguments})
+
+
+def record(model: nn.Module) -> list[dict[str, Any]]:
+    """The operations applied so far, in order."""
+    return list(model.__dict__.get(_RECORD, []))
+
+
+def replay(model: nn.Module, operations: list[dict[str, Any]]) -> None:
+    """Perform recorded operations on a fresh architecture."""
+    for entry in operations:
+        arguments = dict(entry)
+        apply(model, arguments.pop("operation"), **arguments)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
