@@ -331,7 +331,7 @@ def _forget(module: str, file: Path) -> None:
 
 @functools.cache
 def load_entry_points() -> None:
-    """Import the plugins of installed packages (entry-point group `qbench`); broken ones are set aside, see `broken`."""
+    """Import the plugins of installed packages (entry-point group `qbench`); `broken` has those that fail."""
     for entry in importlib.metadata.entry_points(group="qbench"):
         try:
             entry.load()

@@ -18,7 +18,7 @@ from qbench.quant.packing import Sizes
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, as metrics see it. A metric returns JSON-able raw measurements, or raises `Unsupported("why")`."""
+    """A finished run. A metric returns JSON-able raw measurements of it, or raises `Unsupported("why")`."""
 
     model: Model
     """The float model's plugin: preprocessing, loss, decoding."""

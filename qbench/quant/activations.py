@@ -31,9 +31,8 @@ class StaticQuantizer(nn.Module):
         """
         super().__init__()
         self.bits, self.symmetric = bits, symmetric
-        self.low, self.high = (
-            (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else code_range(bits, symmetric=False)
-        )
+        self.low: int = -(2 ** (bits - 1)) if symmetric else 0
+        self.high: int = self.low + 2**bits - 1
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("zero_point", torch.tensor(int(zero_point), dtype=torch.int32))
 
