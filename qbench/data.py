@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbench.datasets.base import Augment
 from qbench.errors import UserError
@@ -105,6 +105,7 @@ class Data:
         loss: `(outputs, targets) -> scalar`, the task's loss.
         device: where the model is and the images come.
         seed: of this run.
+        reference: the float network as the recipe's structure steps left it; never changed, in evaluation mode.
         progress: call with a fraction in [0, 1] as often as you like.
         record: call with a name and JSON-able raw values that belong in the result (a loss curve, errors per layer).
     """
@@ -115,12 +116,14 @@ class Data:
         train: Training | None,
         loss: Callable[[Any, Any], Tensor],
         *,
+        reference: nn.Module | None = None,
         seed: int = 0,
         progress: Callable[[float], None] = lambda _: None,
         record: Callable[[str, Any], None] = lambda _name, _values: None,
     ) -> None:
         self.calibration, self._train, self.loss, self.seed = calibration, train, loss, seed
         self.progress, self.record = progress, record
+        self.reference = reference
         self.device = calibration.device
 
     @property

@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -264,10 +265,10 @@ def resolve(kind: Kind, name: str, options: Mapping[str, Any] | None = None, whe
     """
     plugin = get(kind, name, where)
     try:
-        filled = plugin.schema.model_validate(dict(options or {}))
+        # As JSON, where a list may stand for a tuple although everything else is checked strictly.
+        filled = plugin.schema.model_validate_json(json.dumps(dict(options or {}), default=str))
     except ValidationError as error:
         raise UserError(_explain(plugin, error, where)) from None
-    # What was declared a tuple arrives as a list from YAML: JSON form, so that an identity has one spelling.
     values = filled.model_dump(mode="json")
     defaults = {key: info.default for key, info in plugin.schema.model_fields.items()}
     shown = {key: value for key, value in values.items() if _differs(value, defaults[key])}
