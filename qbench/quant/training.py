@@ -6,10 +6,9 @@ weights, bit for bit, on the CPU.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,10 +88,10 @@ def fit(
     """
     per_epoch = steps_per_epoch(data.train, batch_size)
     total = _total(epochs, steps, per_epoch)
-    own_groups = groups or functools.partial(decay_groups, weight_decay=weight_decay)
+    own_groups = groups or (lambda net: decay_groups(net.parameters(), weight_decay))
 
     def stepper(net: nn.Module, parameters: list[dict[str, Any]], minimised: Objective) -> _Stepper:
-        return _Stepper(net, _optimizer(optimizer, parameters, lr, momentum), minimised, clip)
+        return _Stepper(net, _optimizer(optimizer, parameters, lr, weight_decay, momentum), minimised, clip)
 
     def plain(net: nn.Module, x: Tensor, y: Any) -> Tensor:
         return data.loss(net(x), y)
@@ -106,7 +105,10 @@ def fit(
         own = stepper(model, own_groups(model), objective or plain)
         schedule = torch.optim.lr_scheduler.LambdaLR(own.optimizer, lambda n: cosine(n, total, round(warmup * total)))
         pairs = Pairs(
-            data.reference, lambda net: stepper(net, decay_groups(net, weight_decay), plain), total, timing_steps
+            data.reference,
+            lambda net: stepper(net, decay_groups(net.parameters(), weight_decay), plain),
+            total,
+            timing_steps,
         )
         set_training(model, frozen=False)
         mark = time.perf_counter()
@@ -170,9 +172,9 @@ def cosine(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on parameters with at least two axes; none on biases and norms."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
@@ -206,8 +208,8 @@ def _batches(data: Data, total: int, batch_size: int) -> Iterator[tuple[Tensor, 
 
 
 def _optimizer(
-    name: Literal["adamw", "sgd"], parameters: list[dict[str, Any]], lr: float, momentum: float
+    name: Literal["adamw", "sgd"], parameters: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float
 ) -> torch.optim.Optimizer:
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr)
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)

@@ -147,7 +147,7 @@ def test_groups_and_objective_replace_the_common_ones() -> None:
     )
     assert not torch.equal(model[6].weight, before[6].weight)
     assert torch.equal(model[0].weight, before[0].weight)
-    assert [len(group["params"]) for group in decay_groups(model, 0.1)] == [2, 4]
+    assert [len(group["params"]) for group in decay_groups(model.parameters(), 0.1)] == [2, 4]
     assert records["training"]["timing"] == {}
 
 

@@ -1,0 +1,177 @@
+"""Quantizers that training goes through, and putting them on a model and taking them off again.
+
+A weight quantizer is a parametrization of the weight that also says how the weight is encoded in the end; an input
+quantizer also says which fixed quantizer it becomes. Whoever trains attaches them, calls `fit`, then `deploy`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qbench.quant.activations import StaticQuantizer, input_quantizers, quantize_input
+from qbench.quant.encodings import Affine, Encoding, to_rows
+from qbench.quant.layers import encode, named_weight_layers
+
+Granularity = Literal["tensor", "channel"]
+SMALLEST = 1e-8
+"""Steps do not become smaller than this."""
+
+
+class LearnedStep(torch.autograd.Function):
+    """`round(clip(x / scale, low, high)) * scale` with the gradients of LSQ (arXiv:1902.08153).
+
+    The gradient passes to x inside the range; the scale gets `round(x / s) - x / s` inside and the bound outside, times
+    `gain`. Written in few passes over memory: on the CPU that is 10 times faster than the built-in fused operator.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, gain: float) -> Tensor:
+        """x of any shape, scale broadcastable to it."""
+        # The reciprocal, because that is what the fixed quantizers of the deployed model multiply with.
+        y = (x * scale.reciprocal()).round_().clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, y, scale)
+        ctx.low, ctx.high, ctx.gain = low, high, gain
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, y, scale = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(grad, x * scale.reciprocal(), ctx.low, ctx.high)
+        if not ctx.needs_input_grad[1]:
+            return inside, None, None, None, None
+        # Outside the range y / scale is the bound and `inside` is 0, so one formula covers both.
+        total = _inner(grad, y, scale) - _inner(inside, x, scale)
+        return inside, total.div_(scale).mul_(ctx.gain), None, None, None
+
+
+def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """The sum of a * b over the axes along which `like` is constant, in its shape."""
+    if like.numel() > 1:
+        return (a * b).sum_to_size(like.shape)
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1)).reshape(like.shape)
+    return (a * b).sum().reshape(like.shape)
+
+
+class WeightQuantizer(Protocol):
+    """A parametrization of a weight."""
+
+    def __call__(self, weight: Tensor) -> Tensor: ...
+    def encoding(self, quantized: Tensor) -> Encoding:
+        """What the quantized weight is stored as."""
+
+
+class LearnedWeight(nn.Module):
+    """LSQ on a weight: signed codes over the full range, one learned step per tensor or per output channel."""
+
+    def __init__(self, weight: Tensor, bits: int, granularity: Granularity, axis: int = 0) -> None:
+        """
+        Args:
+            weight: its first steps are 2 mean|w| / sqrt(high).
+            bits: width of the codes, at least 2.
+            granularity: one step per tensor or per output channel.
+            axis: output-channel axis of the weight.
+        """
+        super().__init__()
+        self.low, self.high, self.axis = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, axis
+        rows = to_rows(weight.detach(), axis)
+        rows = rows.reshape(1, -1) if granularity == "tensor" else rows
+        start = 2 * rows.abs().mean(1) / math.sqrt(self.high)
+        start = torch.where(start > SMALLEST, start, torch.ones_like(start))
+        shape = [1] * weight.dim()
+        shape[axis] = len(rows)
+        self.scale = nn.Parameter(start.reshape(shape))
+        self.gain = 1 / math.sqrt(rows.shape[1] * self.high)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return cast(Tensor, LearnedStep.apply(weight, self.scale, self.low, self.high, self.gain))
+
+    def encoding(self, quantized: Tensor) -> Encoding:
+        return Affine.nearest(quantized, self.scale.detach().flatten(), low=self.low, high=self.high, axis=self.axis)
+
+
+class LearnedInput(nn.Module):
+    """LSQ on a layer's input: one learned step, set from the first batch, which also decides about the sign."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits, self.low, self.high, self.gain = bits, 0, 2**bits - 1, 1.0
+        self.scale = nn.Parameter(torch.ones(()))
+        self.used = False
+
+    @property
+    def signed(self) -> bool:
+        return self.low < 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.used:
+            self._start(x.detach())
+        return cast(Tensor, LearnedStep.apply(x, self.scale, self.low, self.high, self.gain))
+
+    def _start(self, x: Tensor) -> None:
+        if x.amin() < 0:
+            self.low, self.high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        start = 2 * x.abs().mean() / math.sqrt(max(1, self.high))
+        with torch.no_grad():
+            self.scale.copy_(start if start > SMALLEST else torch.ones_like(start))
+        self.gain = 1 / math.sqrt(x[0].numel() * max(1, self.high))
+        self.used = True
+
+    def deployed(self) -> StaticQuantizer:
+        """The fixed quantizer with the learned step."""
+        return StaticQuantizer(self.bits, self.signed, self.scale.item())
+
+
+def quantize_weight(layer: nn.Module, quantizer: nn.Module) -> None:
+    """Make every use of the layer's weight go through the quantizer, a `WeightQuantizer`."""
+    parametrize.register_parametrization(layer, "weight", quantizer)
+
+
+def weight_quantizer(layer: nn.Module) -> nn.Module | None:
+    """The quantizer that the layer's weight goes through."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    return layer.get_submodule("parametrizations.weight.0")
+
+
+def reached(model: nn.Module, x: Tensor) -> set[str]:
+    """The layers that are called on the way of x; a model may use the weight of others without calling them."""
+    seen: set[str] = set()
+    hooks = [
+        layer.register_forward_pre_hook(lambda _layer, _inputs, name=name: seen.add(name))
+        for name, layer in named_weight_layers(model).items()
+    ]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def keep_positive(model: nn.Module) -> None:
+    """Pull learned steps that an update made too small back up."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (LearnedWeight, LearnedInput)):
+                module.scale.clamp_(min=SMALLEST)
+
+
+def deploy(model: nn.Module) -> None:
+    """Put what was learned in place of the quantizers: encodings, and fixed input quantizers."""
+    for layer in named_weight_layers(model).values():
+        quantizer = cast(WeightQuantizer | None, weight_quantizer(layer))
+        if quantizer is not None:
+            encoding = quantizer.encoding(cast(Tensor, layer.weight).detach())
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            encode(layer, encoding)
+    for name, learned in input_quantizers(model).items():
+        if isinstance(learned, LearnedInput):
+            quantize_input(model.get_submodule(name), learned.deployed().to(learned.scale.device))
