@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -158,7 +158,7 @@ def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """`levels[codes]`, levels per tensor, channel or group."""
+    """`levels[codes]`, levels per tensor, channel or group; with a scale, `levels[codes] * scale`."""
 
     codes: Tensor
     """Integers of the weight's shape in [0, K)."""
@@ -166,28 +166,45 @@ class Codebook:
     """(R, G, K), float32."""
     axis: int = 0
     group_size: int | None = None
+    scale: Tensor | None = None
+    """(R, G), float32; None means 1."""
 
     @staticmethod
-    def nearest(weight: Tensor, levels: Tensor, *, axis: int = 0, group_size: int | None = None) -> Codebook:
+    def nearest(
+        weight: Tensor,
+        levels: Tensor,
+        *,
+        scale: Tensor | float | None = None,
+        axis: int = 0,
+        group_size: int | None = None,
+    ) -> Codebook:
         """Assign each weight to its nearest level.
 
         Args:
             weight: any shape.
-            levels: (K,), (N, K) or (R, G, K); they are sorted here.
+            levels: (K,), (N, K) or (R, G, K); they are sorted here. Without groups, or shared by all of them.
+            scale: of the levels: scalar, (N,) or (R, G); zeros (dead channels) are taken as 1.
             axis: output-channel axis of the weight.
             group_size: columns per group.
         """
-        rows = to_rows(weight.detach(), axis)
+        rows = to_rows(weight.detach(), axis).float()
         shaped = levels.reshape(1, 1, -1) if levels.dim() == 1 else levels[:, None] if levels.dim() == 2 else levels
         ordered = shaped.to(rows.device, torch.float32).sort(dim=-1).values.contiguous()
         middles = (ordered[..., 1:] + ordered[..., :-1]) / 2
         n, d = rows.shape
+        step = None
+        if scale is not None:
+            step = as_grid(scale, rows).float()
+            step = torch.where(step > 0, step, torch.ones_like(step))
+            rows = rows / expand_groups(step, d, group_size)
         size = group_size or d
         groups = -(-d // size)
-        padded = torch.nn.functional.pad(rows.float(), (0, groups * size - d)).reshape(n, groups, size)
-        codes = torch.searchsorted(middles.expand(n, groups, -1).contiguous(), padded.contiguous())
+        padded = torch.nn.functional.pad(rows, (0, groups * size - d)).reshape(n, groups, size)
+        shared = middles.shape[:2] == (1, 1)
+        table = middles[0, 0] if shared else middles.expand(n, groups, -1).contiguous()
+        codes = torch.searchsorted(table, padded.contiguous())
         flat = codes.reshape(n, groups * size)[:, :d].to(torch.int32)
-        return Codebook(from_rows(flat, weight.shape, axis), ordered, axis, group_size)
+        return Codebook(from_rows(flat, weight.shape, axis), ordered, axis, group_size, step)
 
     @property
     def nominal_bits(self) -> float:
@@ -198,12 +215,16 @@ class Codebook:
         n, d = codes.shape
         rows, groups, k = self.levels.shape
         row = torch.arange(n, device=codes.device)[:, None] if rows > 1 else 0
-        group = torch.arange(d, device=codes.device)[None, :] // self.group_size if self.group_size else 0
+        grouped = self.group_size is not None and groups > 1
+        group = torch.arange(d, device=codes.device)[None, :] // self.group_size if grouped else 0
         flat = self.levels.reshape(-1)[(row * groups + group) * k + codes]
+        if self.scale is not None:
+            flat = flat * expand_groups(self.scale, d, self.group_size)
         return from_rows(flat, self.codes.shape, self.axis)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"codes": bitpack.pack(self.codes, bitpack.width_of(self.levels.shape[-1])), "levels": self.levels}
+        packed = {"codes": bitpack.pack(self.codes, bitpack.width_of(self.levels.shape[-1])), "levels": self.levels}
+        return packed if self.scale is None else packed | {"scale": self.scale}
 
     def meta(self) -> dict[str, Any]:
         return {
@@ -217,7 +238,8 @@ class Codebook:
     def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codebook:
         levels = tensors["levels"]
         flat = bitpack.unpack(tensors["codes"], bitpack.width_of(levels.shape[-1]), math.prod(meta["shape"]))
-        return Codebook(flat.reshape(meta["shape"]), levels, meta["axis"], meta["group_size"])
+        codes = flat.reshape(meta["shape"])
+        return Codebook(codes, levels, meta["axis"], meta["group_size"], tensors.get("scale"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,4 +378,14 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def move(encoding: Encoding, device: torch.device | str) -> Encoding:
     """The same encoding with its tensors on `device`."""
-    return restore(encoding.meta(), {key: value.to(device) for key, value in encoding.tensors().items()})
+    values = {field.name: _move(getattr(encoding, field.name), device) for field in fields(encoding)}  # type: ignore
+    moved: Encoding = type(encoding)(**values)
+    return moved
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and value and isinstance(value[0], Encoding):
+        return tuple(move(part, device) for part in value)
+    return move(value, device) if isinstance(value, Encoding) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,21 +57,14 @@ def pack(model: nn.Module, path: Path, origin: Origin, reference: Mapping[str, T
     """
     attached = encodings(model) | (infer(model, reference) if reference is not None else {})
     state = model.state_dict()
-    tensors: dict[str, Tensor] = {}
+    shared = _shared(state, prefer=attached.keys())
+    tensors = {f"float:{name}": value for name, value in state.items() if name not in attached and name not in shared}
     for name, encoding in attached.items():
         if not torch.equal(encoding.decode().to(state[name]), state[name]):
             raise ValueError(f"{name} no longer equals its decoded codes: it was changed after it was encoded")
-        tensors |= {f"code:{name}:{key}": value for key, value in encoding.tensors().items()}
-    shared: dict[str, str] = {}
-    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, value in state.items():
-        where = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride())
-        if value.numel() and where in first:
-            shared[name] = first[where]
-            continue
-        first[where] = name
-        if name not in attached:
-            tensors[f"float:{name}"] = value
+        if name not in shared:
+            tensors |= {f"code:{name}:{key}": value for key, value in encoding.tensors().items()}
+    attached = {name: encoding for name, encoding in attached.items() if name not in shared}
     header = {
         "schema": SCHEMA,
         "origin": asdict(origin),
@@ -91,6 +84,20 @@ def pack(model: nn.Module, path: Path, origin: Origin, reference: Mapping[str, T
         file_bytes=path.stat().st_size,
         weights=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _shared(state: Mapping[str, Tensor], prefer: Collection[str]) -> dict[str, str]:
+    """Names of tensors that are the same memory as another: the name that is stored, one with codes if there is one."""
+    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    shared: dict[str, str] = {}
+    for name in sorted(state, key=lambda name: name not in prefer):
+        value = state[name]
+        where = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride())
+        if value.numel() and where in first:
+            shared[name] = first[where]
+        else:
+            first[where] = name
+    return shared
 
 
 def infer(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[str, Encoding]:
@@ -174,6 +181,7 @@ def load(path: str | Path) -> nn.Module:
     state |= {name: state[source] for name, source in header["shared"].items()}
     _tie(model, header["shared"])
     model.load_state_dict(state, assign=False)
+    decoded |= {name: decoded[source] for name, source in header["shared"].items() if source in decoded}
     for name, encoding in decoded.items():
         layer, _, parameter = name.rpartition(".")
         encode(model.get_submodule(layer), encoding, parameter)

@@ -1,0 +1,101 @@
+"""Quantized activations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from qbench.data import Data
+from qbench.errors import Unsupported
+from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, input_quantizer, quantize_input
+from qbench.quant.layers import select_layers
+from qbench.quant.observers import Histogram
+from qbench.registry import EdgeBits, method
+
+
+@method("activations")
+def activations(
+    model: nn.Module,
+    data: Data,
+    *,
+    bits: Annotated[int, Field(ge=2, le=16)] = 8,
+    mode: Literal["static", "dynamic"] = "static",
+    granularity: Literal["tensor", "token"] = "tensor",
+    calibration: Literal["minmax", "mse", "percentile"] = "minmax",
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99,
+    symmetric: bool = False,
+    edge_bits: EdgeBits = None,
+    skip: tuple[str, ...] = (),
+) -> nn.Module:
+    """Quantize the inputs of convolutions and linear layers to unsigned codes with a zero point.
+
+    Static ranges are found in one pass of the calibration images through the model as it is, with the quantizers of
+    these layers off. Inputs without negative values get the zero point 0. A layer whose forward is never called (its
+    weight is used by its parent) gets no quantizer, and is recorded as `unreached`.
+
+    Args:
+        model: changed in place.
+        data: its calibration images, for the static mode.
+        bits: width of the codes.
+        mode: `static` ranges are fixed; `dynamic` ones are the extremes of each image at run time.
+        granularity: of dynamic ranges: one an image, or one a token in linear layers.
+        calibration: of static ranges: to the extremes, to the least squared error, or to a percentile.
+        percentile: cut off at either end of a static range, in percent.
+        symmetric: signed codes with zero point 0, where there are negative values.
+        edge_bits: bits of the inputs of the first and the last layer; 32 leaves them in float.
+        skip: names, or first parts of names, of layers whose input stays in float.
+
+    Raises:
+        Unsupported: tokens without a linear layer, or static tokens.
+    """
+    layers = {name: (layer, width) for name, layer, width in select_layers(model, bits, edge_bits, skip)}
+    if granularity == "token" and mode == "static":
+        raise Unsupported("a static range for every token does not exist; use mode=dynamic")
+    if granularity == "token" and not any(isinstance(layer, nn.Linear) for layer, _ in layers.values()):
+        raise Unsupported("granularity=token needs linear layers; the model has none to quantize")
+    histograms = {name: Histogram() for name in layers}
+    batches = data.calibration if mode == "static" else data.calibration.first(1)
+    model.eval()
+    with observed({name: layer for name, (layer, _) in layers.items()}, histograms), torch.no_grad():
+        for done, images in enumerate(batches, 1):
+            model(images)
+            data.progress(done / len(batches))
+    reached = {name for name, histogram in histograms.items() if histogram.seen}
+    for name in reached:
+        (layer, width), histogram = layers[name], histograms[name]
+        signed = symmetric and histogram.low < 0
+        if mode == "static":
+            scale, zero = histogram.grid(bits=width, symmetric=signed, calibration=calibration, percentile=percentile)
+            quantize_input(layer, StaticQuantizer(width, signed, scale, zero))
+        else:
+            tokens = granularity == "token" and isinstance(layer, nn.Linear)
+            quantize_input(layer, DynamicQuantizer(width, symmetric, "token" if tokens else "tensor"))
+    data.record("activations", {"quantized": len(reached), "unreached": sorted(layers.keys() - reached)})
+    return model
+
+
+@contextmanager
+def observed(layers: dict[str, nn.Module], histograms: dict[str, Histogram]) -> Iterator[None]:
+    """While active, each layer's input is counted in its histogram, and input quantizers are off."""
+
+    def see(histogram: Histogram, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        histogram.observe(inputs[0])
+
+    hooks = []
+    quantizers = {name: input_quantizer(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if quantizers[name] is not None:
+            quantize_input(layer, nn.Identity())
+        hooks.append(layer.register_forward_pre_hook(partial(see, histograms[name])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, quantizer in quantizers.items():
+            if quantizer is not None:
+                quantize_input(layers[name], quantizer)

@@ -1,0 +1,40 @@
+"""Additive powers of two."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from qbench.data import Data
+from qbench.quant.layers import encode, output_axis, select_layers, weight_of
+from qbench.quant.levels import apot_levels, mirrored, nearest_scaled
+from qbench.registry import method
+
+
+@method("apot", paper="arXiv 1909.13144", in_the_manner_of=True)
+def apot(
+    model: nn.Module,
+    data: Data,
+    *,
+    bits: Annotated[int, Field(ge=2, le=7)] = 4,
+    granularity: Literal["tensor", "channel"] = "channel",
+    edge_bits: Annotated[int, Field(ge=2, le=7)] | Literal[32] | None = None,
+    skip: tuple[str, ...] = (),
+) -> nn.Module:
+    """Round every weight to a sum of a few powers of two times a scale (APoT).
+
+    After training (the paper trains the scale and the weights). 2**bits - 1 levels; two bits are ternary.
+    The scale is searched for the least squared error.
+
+    Args:
+        model: changed in place.
+        data: not used.
+        bits: width of the codes, sign included.
+        granularity: what shares a scale.
+        edge_bits: bits of the first and the last layer; 32 leaves them in float.
+        skip: names, or first parts of names, of layers left in float.
+    """
+    for _, layer, width in select_layers(model, bits, edge_bits, skip):
+        levels = mirrored(apot_levels(width - 1))
+        encode(layer, nearest_scaled(weight_of(layer), levels, granularity, output_axis(layer)))
+    return model

@@ -1,0 +1,57 @@
+"""Round to nearest on a uniform grid."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from qbench.data import Data
+from qbench.quant.encodings import Affine
+from qbench.quant.layers import encode, output_axis, select_layers, weight_of
+from qbench.quant.observers import search_weight
+from qbench.registry import EdgeBits, method
+
+
+@method("rtn")
+def rtn(
+    model: nn.Module,
+    data: Data,
+    *,
+    bits: Annotated[int, Field(ge=2, le=16)] = 8,
+    granularity: Literal["tensor", "channel", "group"] = "channel",
+    group_size: Annotated[int, Field(ge=1)] = 128,
+    symmetric: bool = True,
+    calibration: Literal["minmax", "mse", "percentile"] = "minmax",
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99,
+    edge_bits: EdgeBits = None,
+    skip: tuple[str, ...] = (),
+) -> nn.Module:
+    """Round every weight to the nearest point of a uniform grid.
+
+    Args:
+        model: changed in place.
+        data: not used.
+        bits: width of the codes.
+        granularity: what shares a scale: a tensor, an output channel, or a group of its columns.
+        group_size: columns in a group.
+        symmetric: codes from -(2**(bits-1) - 1) to 2**(bits-1) - 1 about 0; otherwise 0 to 2**bits - 1, zero point.
+        calibration: how far the grid reaches: to the extremes, to the least squared error, or to a percentile.
+        percentile: of the weights that share a scale, in percent.
+        edge_bits: bits of the first and the last layer; 32 leaves them in float.
+        skip: names, or first parts of names, of layers left in float.
+    """
+    for _, layer, width in select_layers(model, bits, edge_bits, skip):
+        weight, axis = weight_of(layer), output_axis(layer)
+        scale, zero = search_weight(
+            weight,
+            bits=width,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=symmetric,
+            calibration=calibration,
+            percentile=percentile,
+            axis=axis,
+        )
+        grouped = group_size if granularity == "group" else None
+        encode(layer, Affine.nearest(weight, scale, bits=width, zero_point=zero, axis=axis, group_size=grouped))
+    return model

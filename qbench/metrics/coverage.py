@@ -1,0 +1,79 @@
+"""How much of the network is really quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qbench.metrics.base import Finished
+from qbench.quant.activations import input_quantizers
+from qbench.quant.audit import audit
+from qbench.quant.layers import WEIGHT_LAYERS, encodings
+from qbench.registry import metric
+
+
+@metric("coverage", unit="%", direction="higher")
+def coverage(finished: Finished) -> dict[str, Any]:
+    """Share of weights and of multiply-accumulates that are really quantized.
+
+    `weights_*` are numbers of the network's parameters; `macs_*` are multiply-accumulates of one image, of which
+    `weights` have quantized weights, and `both` quantized inputs too. The total includes products of activations
+    (attention), which no weight quantizer reaches. `levels` is the audit of every encoding.
+    """
+    model = finished.quantized
+    encoded = encodings(model)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    # By identity: a tied parameter counts once.
+    quantized = {id(p): p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name in encoded}
+    total, by_layer = macs(model, finished.data.example)
+    inputs = input_quantizers(model)
+    with_weights = {name: count for name, count in by_layer.items() if _weight(name) in encoded}
+    return {
+        "value": 100 * sum(quantized.values()) / numbers,
+        "weights_total": numbers,
+        "weights_quantized": sum(quantized.values()),
+        "macs_total": total,
+        "macs_weights": sum(with_weights.values()),
+        "macs_both": sum(count for name, count in with_weights.items() if name in inputs),
+        "levels": audit(model),
+    }
+
+
+def _weight(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def macs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of one forward pass: all of them, and those of each convolution and linear layer by name."""
+    counter = FlopCounterMode(display=False)
+    by_layer: dict[str, int] = {}
+    with torch.no_grad(), _counted(model, counter, by_layer), counter:
+        model(example)
+    return counter.get_total_flops() // 2, by_layer
+
+
+@contextmanager
+def _counted(model: nn.Module, counter: FlopCounterMode, by_layer: dict[str, int]) -> Iterator[None]:
+    before: dict[str, int] = {}
+
+    def enter(name: str) -> None:
+        before[name] = counter.get_total_flops()
+
+    def leave(name: str) -> None:
+        by_layer[name] = by_layer.get(name, 0) + (counter.get_total_flops() - before[name]) // 2
+
+    hooks = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, WEIGHT_LAYERS):
+            hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+            hooks.append(layer.register_forward_hook(lambda *_, name=name: leave(name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
