@@ -1,0 +1,140 @@
+"""GPFQ: greedy path-following quantization."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qbench.data import Data
+from qbench.errors import Unsupported, UserError
+from qbench.quant import alphabet as alphabets
+from qbench.quant.alphabet import Alphabet
+from qbench.quant.biases import shift_bias
+from qbench.quant.gram import Grams, Sampling, grouped_weight
+from qbench.quant.layers import encode, select_layers
+from qbench.quant.path_following import follow_path, squared_error
+from qbench.quant.sweep import Stop, sweep
+from qbench.registry import EdgeBits, method
+
+_LEAST_ROWS = 16384
+
+
+@method("gpfq", paper="arXiv:2201.11113")
+def gpfq(
+    model: nn.Module,
+    data: Data,
+    *,
+    bits: Annotated[int, Field(ge=1, le=12)] = 4,
+    alphabet: Literal["midtread", "clipped", "linspace_zero", "median"] = "midtread",
+    levels: Annotated[int, Field(ge=2, le=4096)] | None = None,
+    c: Annotated[float, Field(gt=0)] = 1.16,
+    percentile: Annotated[float, Field(gt=50, le=100)] = 100.0,
+    step: Literal["radius", "mse"] = "radius",
+    granularity: Literal["layer", "channel"] = "layer",
+    sparsity: Literal["none", "soft", "hard"] = "none",
+    threshold: Annotated[float, Field(ge=0)] = 0.0,
+    act_order: bool = False,
+    bias_correction: bool = False,
+    images: Annotated[int, Field(ge=1)] | None = None,
+    oversample: Annotated[int, Field(ge=1)] | None = 32,
+    patch_stride: Literal["layer", "kernel"] = "layer",
+    retain: Annotated[float, Field(gt=0, le=1)] | None = None,
+    edge_bits: EdgeBits = None,
+    skip: tuple[str, ...] = (),
+) -> nn.Module:
+    """Choose weights one after the other so that each makes up for the error of those before it.
+
+    The target is each layer's output in the float network; the inputs are those of the network quantized so far.
+
+    Args:
+        model: changed in place.
+        data: its calibration images, and its float network.
+        bits: K = 2**(bits - 1) sets the size of the alphabet.
+        alphabet: `midtread`: k * step, |k| <= K, which is 2**bits + 1 levels (the authors' code of 2023, v3); `clipped`:
+            without +K, so 2**bits levels; `linspace_zero`: 2**bits values from -c * radius to c * radius, and 0 (code
+            of January 2022); `median`: values from -c to c times the median absolute weight (code of 2020).
+        levels: how many the alphabet `median` has; default 2**bits.
+        c: the largest level in units of the radius. The authors use 1.16 for ResNet-18, 1.77 for MobileNetV2, 1.81 for
+            ResNet-50; larger alphabets leave room for making up for errors.
+        percentile: of a neuron's absolute weights, in percent; their mean over the neurons is the radius.
+        step: `radius`: c * radius / K; `mse`: the step with the least squared rounding error.
+        granularity: one radius a layer, as the authors have it, or one an output channel.
+        sparsity: `soft` moves values towards 0 by `threshold` before rounding (L1), `hard` sets those that are not
+            beyond it to 0 and spreads the levels over the rest (L0).
+        threshold: see sparsity, in units of the weights.
+        act_order: take the inputs by decreasing energy instead of in their order.
+        bias_correction: move each bias by the mean of the error that is left.
+        images: use the first so many calibration images; default all.
+        oversample: use about so many input patches for each weight of a neuron (and at least 16384 in all), spread
+            evenly over the images; null uses every patch.
+        patch_stride: `kernel` takes patches that do not overlap, as the authors do.
+        retain: draw int(retain * L + 1) of the L patches of each image with replacement instead, as the authors do.
+        edge_bits: bits of the first and the last layer; 32 leaves them in float.
+        skip: names, or first parts of names, of layers left in float.
+
+    Raises:
+        Unsupported: a layer whose output is not its weight times its input patches, such as transposed convolutions.
+        UserError: options that contradict each other, or a threshold beyond the largest level.
+    """
+    if sparsity != "none" and alphabet != "midtread":
+        raise UserError(f"gpfq: sparsity={sparsity} has an alphabet of its own; use alphabet=midtread")
+    if step == "mse" and (alphabet not in ("midtread", "clipped") or sparsity == "hard"):
+        raise UserError("gpfq: step=mse is for the alphabets midtread and clipped without hard sparsity")
+    if levels is not None and alphabet != "median":
+        raise UserError("gpfq: levels is for alphabet=median; the others have 2**bits or one more")
+    if alphabet == "median" and granularity == "channel":
+        raise UserError("gpfq: alphabet=median has one radius a layer; use granularity=layer")
+
+    def build(weight: Tensor, width: int) -> Alphabet:
+        per_channel, clipped = granularity == "channel", alphabet == "clipped"
+        if alphabet == "median":
+            return alphabets.linspace(c * alphabets.median_radius(weight), levels or 2**width, zero=False)
+        largest = c * alphabets.radius(weight, percentile / 100, per_channel)
+        if alphabet == "linspace_zero":
+            return alphabets.linspace(largest, 2**width, zero=True)
+        if sparsity == "hard":
+            return alphabets.hard(largest, width, threshold)
+        if step == "mse":
+            delta = alphabets.least_squares_step(weight, width, clipped, per_channel)
+        else:
+            delta = largest / 2 ** (width - 1)
+        return alphabets.uniform(delta, width, clipped, threshold if sparsity == "soft" else 0.0)
+
+    chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
+    batches = data.calibration if images is None else data.calibration.first(images)
+    errors: dict[str, float] = {}
+    for stop in sweep(model, batches, reference=data.reference, layers=chosen):
+        weight = _float_weight(stop)
+        rows = None if oversample is None else max(_LEAST_ROWS, oversample * weight.shape[-1])
+        sums = stop.grams(Sampling(patch_stride, rows, retain, seed=data.seed + stop.index))
+        book = build(weight.flatten(0, 1), chosen[stop.name])
+        indices = follow_path(weight, sums.H, sums.G, book, act_order=act_order)
+        encode(stop.layer, book.encoding(indices.reshape(stop.layer.weight.shape)))
+        quantized = grouped_weight(stop.layer)
+        errors[stop.name] = _relative_error(weight, quantized, sums)
+        if bias_correction:
+            shift_bias(model, stop.name, _mean_error(weight, quantized, sums))
+        data.progress((stop.index + 1) / stop.total)
+    data.record("layer_error", errors)
+    data.record("gpfq", {"quantized": len(errors), "unreached": sorted(chosen.keys() - errors.keys())})
+    return model
+
+
+def _float_weight(stop: Stop) -> Tensor:
+    if stop.reference_layer.weight.shape != stop.layer.weight.shape:
+        raise Unsupported(f"{stop.name} has another shape in the float network: a step before changed the structure")
+    return grouped_weight(stop.reference_layer).float()
+
+
+def _relative_error(weight: Tensor, quantized: Tensor, sums: Grams) -> float:
+    """`||X W - X~ Q|| / ||X W||` over the whole layer."""
+    error, energy = squared_error(weight, quantized, sums.H, sums.G, sums.F)
+    return float((error.sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
+
+
+def _mean_error(weight: Tensor, quantized: Tensor, sums: Grams) -> Tensor:
+    """(N,): mean of `X W - X~ Q`."""
+    wanted = weight.double() @ sums.float_mean[..., None]
+    got = quantized.double() @ sums.mean[..., None]
+    return (wanted - got).flatten()
