@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import typing
 from typing import Any
 
 from qbench import registry
@@ -22,7 +21,7 @@ def show_list(kind: str | None, plugins: list[str], *, as_json: bool) -> None:
     if kind is not None and kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}{registry.nearest(kind, list(KINDS))}; kinds: {', '.join(KINDS)}")
     _load(plugins)
-    kinds = [typing.cast(Kind, kind)] if kind else list(KINDS)
+    kinds = [kind] if kind else list(KINDS)
     known = [plugin for k in kinds for plugin in sorted(registry.index(k).values(), key=lambda p: p.name)]
     broken = registry.broken()
     if as_json:

@@ -151,7 +151,7 @@ def show(key: str, results: Path, *, as_json: bool) -> None:
     result = store.read(full)
     assert result is not None
     if as_json:
-        print(result.model_dump_json(indent=1, by_alias=True))
+        print(result.model_dump_json(indent=1))
         return
     console = Console(highlight=False)
     console.print(f"[bold]{full}[/bold]  ", end="")

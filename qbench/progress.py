@@ -41,6 +41,9 @@ class Plain:
     def message(self, text: str) -> None:
         print(text, flush=True)
 
+    def close(self) -> None:
+        pass
+
 
 class Json:
     """One JSON object a line, for programs."""
@@ -59,6 +62,9 @@ class Json:
 
     def message(self, text: str) -> None:
         self._print({"event": "message", "text": text})
+
+    def close(self) -> None:
+        pass
 
     def _print(self, fields: dict[str, Any]) -> None:
         print(json.dumps(fields), flush=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from qbench import registry
 from qbench.registry import Reference
@@ -118,9 +118,9 @@ class Measurement(BaseModel):
 class Result(BaseModel):
     """What one run left: one JSON file. Raw samples and provenance, no averages."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid")
 
-    schema_: int = Field(SCHEMA, alias="schema")
+    schema_version: int = SCHEMA
     key: str
     label: str
     identity: dict[str, Any]

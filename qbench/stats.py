@@ -26,8 +26,8 @@ class Interval:
 def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> Interval:
     """The mean of `a - b` over the same images, in their unit.
 
-    For 0/1 outcomes this is the adjusted Wald interval of Bonett and Price (2012) for paired proportions: one discordant
-    pair is added on either side, so that it keeps its level for small samples and has a width even when all pairs agree.
+    For 0/1 outcomes this is the adjusted Wald interval of Bonett and Price (2012) for paired proportions: a discordant
+    pair is added on either side, so that it keeps its level for small samples and has a width when all pairs agree.
     The estimate is the plain mean difference. Outcomes averaged over seeds, in [0, 1], are treated alike.
 
     Args:
@@ -46,7 +46,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> Inte
 
 
 def ranks(values: Sequence[float], beats: Callable[[int, int], bool]) -> list[str]:
-    """Rank of each entry: one more than the number of entries that are significantly better; `2=` where a rank is shared.
+    """Rank of each entry: one more than the number of significantly better ones; `2=` where a rank is shared.
 
     Args:
         values: the scores, higher is better.

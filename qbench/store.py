@@ -55,7 +55,7 @@ class Store:
         """Outcomes first: a result that is there has its outcomes."""
         if outcomes is not None:
             write_atomically(self.outcomes_path(result.key), lambda partial: _save(partial, outcomes))
-        text = result.model_dump_json(indent=1, by_alias=True)
+        text = result.model_dump_json(indent=1)
         write_atomically(self.path(result.key), lambda partial: partial.write_text(text))
 
     def read(self, key: str) -> Result | None:
@@ -122,4 +122,3 @@ def find(results: Path, prefix: str) -> tuple[Store, str]:
         what = f"matches {len(found)} results ({names})" if found else f"matches no result under {results}"
         raise UserError(f"key {prefix!r} {what}; `qbench status SUITE` lists the keys")
     return Store(found[0].parent), found[0].stem
-
