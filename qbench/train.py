@@ -1,0 +1,126 @@
+"""Training a float checkpoint from random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from qbench.cache import cache_dir
+from qbench.datasets.images import ImageArray
+from qbench.errors import UserError
+from qbench.metrics.map import coco_stats
+from qbench.quant.training import fit
+from qbench.registry import Reference
+from qbench.score import score
+from qbench.workspace import Workspace
+
+
+def train(
+    model: Reference,
+    dataset: Reference,
+    out: Path,
+    *,
+    epochs: int = 100,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    warmup: float = 0.05,
+    clip: float | None = 1.0,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train a model and write its weights, float32, to a safetensors file: whole, or not at all.
+
+    Args:
+        model: what to train; its own checkpoint is not looked at.
+        dataset: its training split is learned; its evaluation split is only scored in the end.
+        out: the file; its metadata say how it was made and how good it is.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        lr: highest learning rate, after a linear warm-up and before a cosine to 0.
+        weight_decay: of parameters with at least two axes.
+        warmup: share of the steps in which the learning rate grows.
+        clip: largest norm of the gradient.
+        optimizer: `adamw`, or `sgd` with momentum 0.9.
+        seed: of the initial weights, the order of the images, augmentation and dropout.
+        threads: cores to use; None leaves torch's choice.
+        progress: called with the fraction that is done.
+
+    Returns:
+        What the metadata say: `model`, `dataset`, `training` (all arguments) and `evaluation` (`images`, and `top1` as
+        a share or the COCO numbers).
+
+    Raises:
+        UserError: the folder of `out` cannot be written, model and dataset are of different tasks.
+        FloatingPointError: the loss is not finite.
+    """
+    _writable(out)
+    if threads:
+        torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # One calibration image is drawn because there is no calibration without any; nothing looks at it.
+    space = Workspace(dataset, model, (1, seed), cache_dir(), device)
+    if space.model.task != space.dataset.task:
+        raise UserError(f"model {model} is for {space.model.task}, but dataset {dataset} is for {space.dataset.task}")
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "clip": clip,
+        "optimizer": optimizer,
+    }
+    data = space.data(seed=seed, trains=True, progress=progress)
+    network = fit(space.model.build().to(device), data, **settings)
+    report = {
+        "model": str(model),
+        "dataset": str(dataset),
+        "training": settings | {"seed": seed},
+        "evaluation": _evaluate(network, space),
+    }
+    _write(network, out, report)
+    return report
+
+
+def _writable(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(out)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another place with -o") from error
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _evaluate(network: nn.Module, space: Workspace) -> dict[str, Any]:
+    images: ImageArray = space.images("evaluation")
+    outcomes, _ = score(network, space.model, images, device=space.device, threads=torch.get_num_threads())
+    if space.model.task == "detection":
+        quality: dict[str, Any] = coco_stats(images.split.targets, outcomes, len(space.dataset.classes))
+    else:
+        quality = {"top1": float(np.mean(outcomes["correct"]))}
+    return {"images": len(images)} | quality
+
+
+def _write(network: nn.Module, out: Path, report: dict[str, Any]) -> None:
+    state = {
+        name: (value.float() if value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in network.state_dict().items()
+    }
+    safetensors.torch.save_file(state, _partial(out), metadata={"qbench_training": json.dumps(report)})
+    _partial(out).replace(out)
