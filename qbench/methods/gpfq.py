@@ -12,7 +12,7 @@ from qbench.quant import alphabet as alphabets
 from qbench.quant.alphabet import Alphabet
 from qbench.quant.biases import shift_bias
 from qbench.quant.gram import Grams, Sampling, grouped_weight
-from qbench.quant.layers import encode, select_layers
+from qbench.quant.layers import encode, select_layers, weight_of
 from qbench.quant.path_following import follow_path, squared_error
 from qbench.quant.sweep import Stop, sweep
 from qbench.registry import EdgeBits, method
@@ -51,9 +51,10 @@ def gpfq(
         model: changed in place.
         data: its calibration images, and its float network.
         bits: K = 2**(bits - 1) sets the size of the alphabet.
-        alphabet: `midtread`: k * step, |k| <= K, which is 2**bits + 1 levels (the authors' code of 2023, v3); `clipped`:
-            without +K, so 2**bits levels; `linspace_zero`: 2**bits values from -c * radius to c * radius, and 0 (code
-            of January 2022); `median`: values from -c to c times the median absolute weight (code of 2020).
+        alphabet: `midtread`: k * step, |k| <= K, which is 2**bits + 1 levels (the authors' code of 2023, v3);
+            `clipped`: without +K, so 2**bits levels; `linspace_zero`: 2**bits values from -c * radius to c * radius,
+            and 0 (code of January 2022); `median`: values from -c to c times the median absolute weight (code of
+            2020).
         levels: how many the alphabet `median` has; default 2**bits.
         c: the largest level in units of the radius. The authors use 1.16 for ResNet-18, 1.77 for MobileNetV2, 1.81 for
             ResNet-50; larger alphabets leave room for making up for errors.
@@ -110,7 +111,7 @@ def gpfq(
         sums = stop.grams(Sampling(patch_stride, rows, retain, seed=data.seed + stop.index))
         book = build(weight.flatten(0, 1), chosen[stop.name])
         indices = follow_path(weight, sums.H, sums.G, book, act_order=act_order)
-        encode(stop.layer, book.encoding(indices.reshape(stop.layer.weight.shape)))
+        encode(stop.layer, book.encoding(indices.reshape(weight_of(stop.layer).shape)))
         quantized = grouped_weight(stop.layer)
         errors[stop.name] = _relative_error(weight, quantized, sums)
         if bias_correction:

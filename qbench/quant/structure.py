@@ -5,13 +5,17 @@ recorded, so that an artifact is rebuilt from architecture, operations and store
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from qbench.errors import UserError
+
 Operation = Callable[..., None]
 _OPERATIONS: dict[str, Operation] = {}
 _RECORD = "qbench_structure"
+_BUILT_IN = {"add_bias": "qbench.quant.biases", "fold_bn": "qbench.quant.folding"}
 
 
 def operation(name: str) -> Callable[[Operation], Operation]:
@@ -25,7 +29,15 @@ def operation(name: str) -> Callable[[Operation], Operation]:
 
 
 def apply(model: nn.Module, name: str, **arguments: Any) -> None:
-    """Perform the operation on the model and record it."""
+    """Perform the operation on the model and record it.
+
+    Raises:
+        UserError: no such operation is registered.
+    """
+    if name in _BUILT_IN:
+        import_module(_BUILT_IN[name])
+    if name not in _OPERATIONS:
+        raise UserError(f"unknown structural operation {name!r}: load the plugin that defines it")
     _OPERATIONS[name](model, **arguments)
     model.__dict__.setdefault(_RECORD, []).append({"operation": name, **arguments})
 
