@@ -40,6 +40,8 @@ class Split:
     targets: Sequence[Any]
     resized: bool = False
     """The images have been resized already: preprocessing only crops them."""
+    skip_unreadable: bool = False
+    """Images that cannot be decoded are left out and counted, rather than an error."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -19,7 +19,8 @@ class Preprocess:
     size: tuple[int, int]
     """(height, width) of the network's input."""
     resize: int | None = None
-    """Shorter side before the centre crop (mode `crop`); None crops without resizing."""
+    """Before the centre crop: the shorter side (mode `crop`; None crops without resizing), or both (mode `squash`;
+    None is `size`)."""
     mode: Literal["crop", "squash", "letterbox"] = "crop"
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
