@@ -11,7 +11,7 @@ from qbench.quant.levels import apot_levels, mirrored, nearest_scaled
 from qbench.registry import method
 
 
-@method("apot", paper="arXiv 1909.13144", in_the_manner_of=True)
+@method("apot", paper="arXiv:1909.13144", in_the_manner_of=True)
 def apot(
     model: nn.Module,
     data: Data,

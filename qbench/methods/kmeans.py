@@ -15,7 +15,7 @@ from qbench.registry import method
 Width = Annotated[int, Field(ge=1, le=8)]
 
 
-@method("kmeans", paper="arXiv 1510.00149")
+@method("kmeans", paper="arXiv:1510.00149")
 def kmeans(
     model: nn.Module,
     data: Data,

@@ -11,7 +11,7 @@ from qbench.quant.levels import mirrored, nearest_scaled, pot_levels
 from qbench.registry import method
 
 
-@method("pot", paper="arXiv 1702.03044", in_the_manner_of=True)
+@method("pot", paper="arXiv:1702.03044", in_the_manner_of=True)
 def pot(
     model: nn.Module,
     data: Data,

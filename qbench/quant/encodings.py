@@ -215,8 +215,9 @@ class Codebook:
         n, d = codes.shape
         rows, groups, k = self.levels.shape
         row = torch.arange(n, device=codes.device)[:, None] if rows > 1 else 0
-        grouped = self.group_size is not None and groups > 1
-        group = torch.arange(d, device=codes.device)[None, :] // self.group_size if grouped else 0
+        # One group may be shared by all columns although the scale has more.
+        size = self.group_size if self.group_size and groups > 1 else d
+        group = torch.arange(d, device=codes.device)[None, :] // max(size, 1)
         flat = self.levels.reshape(-1)[(row * groups + group) * k + codes]
         if self.scale is not None:
             flat = flat * expand_groups(self.scale, d, self.group_size)

@@ -44,12 +44,16 @@ def select_layers(
         bits: bit width of all layers but the edges.
         edge_bits: bit width of the first and the last layer; None means `bits`, 32 leaves them in float.
         skip: layers left in float: those whose name equals or begins with one of these.
+
+    A weight that several layers share is quantized once, with the first of them.
     """
     layers = named_weight_layers(model)
     names = list(layers)
+    seen: set[int] = set()
     for name, layer in layers.items():
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in skip):
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in skip) or id(layer.weight) in seen:
             continue
+        seen.add(id(layer.weight))
         chosen = bits if edge_bits is None or name not in (names[0], names[-1]) else edge_bits
         if chosen < 32:
             yield name, layer, chosen

@@ -88,7 +88,7 @@ def pack(model: nn.Module, path: Path, origin: Origin, reference: Mapping[str, T
 
 def _shared(state: Mapping[str, Tensor], prefer: Collection[str]) -> dict[str, str]:
     """Names of tensors that are the same memory as another: the name that is stored, one with codes if there is one."""
-    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     shared: dict[str, str] = {}
     for name in sorted(state, key=lambda name: name not in prefer):
         value = state[name]
@@ -128,7 +128,8 @@ def infer(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[str, Encodi
         levels = ordered[:, -1:].repeat(1, k).scatter_(1, rank, ordered)
         codebook = Codebook.nearest(weight.detach(), levels[:, None], axis=axis)
         smaller = sum(t.numel() * t.element_size() for t in codebook.tensors().values()) < weight.numel() * 4
-        if smaller and torch.equal(codebook.decode(), weight.detach()):
+        # Bit for bit: a codebook has one zero, and a weight may be -0.
+        if smaller and torch.equal(codebook.decode().view(torch.int32), weight.detach().view(torch.int32)):
             found[key] = codebook
     return found
 
