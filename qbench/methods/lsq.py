@@ -27,6 +27,8 @@ from qbench.quant.training import Objective, decay_groups, fit
 from qbench.registry import method
 
 LowBits = Annotated[int, Field(ge=2, le=8)]
+Chosen = tuple[str, nn.Module, int]
+"""Name, layer and bits."""
 _TEMPERATURE = 4.0
 
 
@@ -39,6 +41,7 @@ def lsq(
     activation_bits: LowBits | None = 4,
     granularity: Granularity = "tensor",
     edge_bits: LowBits | Literal[32] | None = 8,
+    skip: tuple[str, ...] = (),
     epochs: Annotated[int, Field(ge=1)] = 10,
     steps: Annotated[int, Field(ge=1)] | None = None,
     batch_size: Annotated[int, Field(ge=1)] = 64,
@@ -57,6 +60,7 @@ def lsq(
             leaves them in float.
         granularity: one step per weight tensor or per output channel.
         edge_bits: of the first and the last layer, weights and inputs alike; None means like all others, 32 float.
+        skip: names, or first parts of names, of layers left in float.
         epochs: passes over the training images.
         steps: batches to train on, in place of `epochs`.
         batch_size: images per step.
@@ -69,7 +73,9 @@ def lsq(
         Unsupported: distillation is asked for, and there is no float network or its outputs are not logits.
     """
     images = next(iter(data.calibration))
-    _attach(model.eval(), images, (bits, activation_bits, edge_bits), granularity)
+    weights = select_layers(model, bits, edge_bits, skip)
+    inputs = select_layers(model, activation_bits, edge_bits, skip) if activation_bits else ()
+    _attach(model.eval(), images, list(weights), list(inputs), granularity)
     start = _steps(model)
     fit(
         model,
@@ -94,17 +100,14 @@ def lsq(
 
 
 def _attach(
-    model: nn.Module, images: Tensor, widths: tuple[int, int | None, int | None], granularity: Granularity
+    model: nn.Module, images: Tensor, weights: list[Chosen], inputs: list[Chosen], granularity: Granularity
 ) -> None:
     """Quantizers on weights and inputs, with their first steps set."""
-    bits, activation_bits, edge_bits = widths
     calls = reached(model, images)
-    inputs = list(select_layers(model, activation_bits, edge_bits)) if activation_bits else []
     for layer in named_weight_layers(model).values():
         clear_encodings(layer)
-    for _, layer, width in list(select_layers(model, bits, edge_bits)):
-        quantizer = LearnedWeight(weight_of(layer), width, granularity, output_axis(layer))
-        quantize_weight(layer, quantizer)
+    for _, layer, width in weights:
+        quantize_weight(layer, LearnedWeight(weight_of(layer), width, granularity, output_axis(layer)))
     for name, layer, width in inputs:
         if name in calls:
             quantize_input(layer, LearnedInput(width).to(images.device))

@@ -42,6 +42,9 @@ class LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, y, scale = ctx.saved_tensors
+        if grad.stride() != x.stride():
+            # Convolutions like another order than their weight's: several mixed passes cost more than one copy.
+            grad = torch.empty_like(x).copy_(grad)
         inside = torch.ops.aten.hardtanh_backward(grad, x * scale.reciprocal(), ctx.low, ctx.high)
         if not ctx.needs_input_grad[1]:
             return inside, None, None, None, None
@@ -51,11 +54,12 @@ class LearnedStep(torch.autograd.Function):
 
 
 def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """The sum of a * b over the axes along which `like` is constant, in its shape."""
+    """The sum of a * b, which lie in memory in the same order, over the axes along which `like` is constant."""
     if like.numel() > 1:
         return (a * b).sum_to_size(like.shape)
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1)).reshape(like.shape)
+    if a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last)):
+        # One pass without a temporary.
+        return torch.dot(*(t.as_strided((t.numel(),), (1,)) for t in (a, b))).reshape(like.shape)
     return (a * b).sum().reshape(like.shape)
 
 
