@@ -84,15 +84,20 @@ def paint(digits: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator)
     canvas = _texture(rng)
     for scan, box in digits:
         left, top, right, bottom = box.tolist()
-        ink = Image.fromarray(np.ascontiguousarray(scan)).resize(
-            (right - left, bottom - top), Image.Resampling.BILINEAR
-        )
-        # A steeper edge than that of the enlarged scan, so that the box's border can be seen.
-        cover = np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.3) / 0.5, 0, 1)[..., None]
+        mask = cover(scan, right - left, bottom - top)[..., None]
         ground = canvas[top:bottom, left:right]
-        canvas[top:bottom, left:right] = ground + cover * (_colour(ground, rng) - ground)
+        canvas[top:bottom, left:right] = ground + mask * (_colour(ground, rng) - ground)
     canvas += rng.normal(0, rng.uniform(0, 0.05), canvas.shape)
     return Image.fromarray(np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8))
+
+
+def cover(scan: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(height, width) float32 in [0, 1]: how much of the ground an enlarged digit hides.
+
+    Edges are steeper than those of the enlarged scan, so that the border of the box can be seen.
+    """
+    ink = Image.fromarray(np.ascontiguousarray(scan)).resize((width, height), Image.Resampling.BILINEAR)
+    return np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.3) / 0.5, 0, 1)
 
 
 def _colour(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
