@@ -144,11 +144,21 @@ class Source:
 
     def where(self, place: Place) -> str:
         """`file:line: key.path`, as near as YAML knows it."""
-        known = place
-        while known not in self.lines:
-            known = known[:-1]
         keys = ".".join(map(str, place))
-        return f"{self.path}:{self.lines[known]}" + (f": {keys}" if keys else "")
+        return f"{self.path}:{self.lines[self._known(place)]}" + (f": {keys}" if keys else "")
+
+    def _known(self, place: Place) -> Place:
+        """The innermost part of a place that stands in the file."""
+        while place not in self.lines:
+            place = place[:-1]
+        return place
+
+    def _mark(self, value: Any, place: Place, line: int) -> None:
+        """An overriding value and all in it stand on the line of what they override."""
+        self.lines[place] = line
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, child in children:
+            self._mark(child, (*place, key), line)
 
     def override(self, assignment: str) -> None:
         """Apply `--set key.path=value`; the value is YAML."""
@@ -169,6 +179,11 @@ class Source:
         last = place[-1]
         if isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target)):
             target[last] = yaml.load(value, Loader=_Loader)  # type: ignore[index]
+            line = self.lines[self._known(tuple(place))]
+            self.lines.update(
+                {tuple(place[:i]): line for i in range(1, len(place)) if tuple(place[:i]) not in self.lines}
+            )
+            self._mark(target[last], tuple(place), line)  # type: ignore[index]
         else:
             raise UserError(f"--set {assignment!r}: there is no {keys} in {self.path}")
 

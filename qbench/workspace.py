@@ -66,7 +66,9 @@ class Workspace:
         targets = images.split.targets
         if self.model.task == "detection":
             sizes = images.sizes.tolist()
-            targets = [self._to_network(boxes, size, images.split.resized) for boxes, size in zip(targets, sizes, strict=True)]
+            targets = [
+                self._to_network(boxes, size, images.split.resized) for boxes, size in zip(targets, sizes, strict=True)
+            ]
         return Training(images, targets, self.device, self.dataset.augment)
 
     def _to_network(self, boxes: Boxes, size: list[int], resized: bool) -> Boxes:

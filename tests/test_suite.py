@@ -101,7 +101,7 @@ def test_metrics_of_the_other_task_are_left_out(tmp_path: Path) -> None:
         ("seeds=[a]", r"seeds.0: 'a': input should be a valid integer"),
         ("limits.time=fast", r"limits.time: 'fast': input should be a valid number"),
         ("limit.time=1", r"unknown key 'limit'; did you mean 'limits'"),
-        ("tasks.0.model=[x]", r"tasks.0: unknown key 'model'; did you mean 'models'"),
+        ("tasks.0.model=[x]", r"suite.yaml:3: tasks.0.model: unknown key 'model'; did you mean 'models'"),
         ("plugins=[nowhere.py]", r"plugins.0: plugin file .*nowhere.py does not exist"),
         ("name=a/b", r"name: 'a/b': string should match pattern"),
         ("tasks.3.dataset=digits", r"there is no tasks.3 in"),
@@ -143,7 +143,7 @@ def test_binary_junk_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
-    suite, source = load(write(tmp_path, GOOD + "limits: {time: 1e2, memory: 2GB}\n"))
+    suite, _ = load(write(tmp_path, GOOD + "limits: {time: 1e2, memory: 2GB}\n"))
     assert (suite.limits.time, suite.limits.memory) == (100, 2_000_000_000)
     assert parse_size("512 MiB") == 512 << 20
 

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import time
+from pathlib import Path
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from qbench import Unsupported, method, metric
 def hangs(model: nn.Module, data: object) -> nn.Module:
     """Never return, with a child process that does not either."""
     child = subprocess.Popen(["sleep", "1000"])
-    with open(os.environ["QBENCH_TEST_PIDS"], "a") as file:
+    with Path(os.environ["QBENCH_TEST_PIDS"]).open("a") as file:
         file.write(f"{os.getpid()}\n{child.pid}\n")
     while True:
         time.sleep(1)

@@ -1,0 +1,121 @@
+"""The board is a pure function of the results: ties, drops, failures, seeds, and reasons for what is missing."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qbench.board import tables
+from qbench.markdown import publish, render
+from qbench.run import Measurement, Result, Status
+
+N = 400
+
+
+def result(
+    recipe: str, right: int, *, seed: int = 0, status: Status = "ok", **metrics: Any
+) -> tuple[Result, np.ndarray]:
+    """A run that gets the first `right` images right."""
+    made = Result(
+        key=f"{abs(hash((recipe, seed))):012x}"[:12],
+        label=f"data/net/{recipe}/seed={seed}",
+        identity={
+            "dataset": ["data", {}, "d0"],
+            "model": ["net", {}, "w0"],
+            "calibration": [16, 0, "m0"],
+            "seed": seed,
+        },
+        recipe=recipe,
+        status=status,
+        phase="done" if status == "ok" else "quantize",
+        error=None if status == "ok" else "it went wrong\nin detail",
+        started="2026-01-01T00:00:00+00:00",
+        task="classification",
+        bits={"weights": None if recipe == "fp32" else 4.0, "activations": None},
+        metrics={name: Measurement(unit="u", direction="lower", **fields) for name, fields in metrics.items()},
+    )
+    return made, np.arange(N) < right
+
+
+def judge(*runs: tuple[Result, np.ndarray]) -> Any:
+    outcomes = {r.key: {"correct": correct} for r, correct in runs}
+    (table,) = tables([r for r, _ in runs], outcomes.__getitem__)
+    return table
+
+
+def size(file_bytes: int) -> dict[str, Any]:
+    values = {"file_bytes": file_bytes, "packed_bytes": file_bytes, "nominal_bytes": file_bytes, "float_bytes": 800}
+    return {"status": "ok", "values": values}
+
+
+def test_ranks_ties_drops_and_failures() -> None:
+    table = judge(
+        result("fp32", 390),
+        result("good", 388),
+        result("alike", 387),
+        result("bad", 200),
+        result("broken", 0, status="timeout"),
+    )
+    assert [(row.recipe, row.rank) for row in table.rows] == [
+        ("fp32", ""),
+        ("good", "1="),
+        ("alike", "1="),
+        ("bad", "3"),
+        ("broken", ""),
+    ]
+    bad = table.rows[3]
+    assert bad.drop.estimate == pytest.approx((200 - 390) / N)
+    assert bad.drop.high < 0
+    assert not table.rows[1].drop.excludes_zero
+    page = render([table], title="t")
+    assert "timeout in quantize" in page
+    assert "broken: it went wrong" in page
+    assert "in detail" not in page
+
+
+def test_seeds_are_one_row() -> None:
+    table = judge(result("fp32", 390), result("random", 300), result("random", 320, seed=1))
+    assert len(table.rows) == 2
+    assert table.rows[1].score == pytest.approx(310 / N)
+    assert "random (2 seeds)" in render([table], title="t")
+
+
+def test_sizes_and_ratio() -> None:
+    table = judge(result("fp32", 390, size=size(800)), result("small", 390, size=size(100)))
+    assert table.rows[1].cells["compression_ratio"] == 8
+    assert "8.00" in render([table], title="t")
+
+
+def test_what_was_not_measured_has_its_reason() -> None:
+    reason = {"status": "unsupported", "error": "not deployable as integers: weights only"}
+    energy = {"status": "unsupported", "error": "not measurable here: no RAPL, no NVML"}
+    table = judge(result("fp32", 390, energy=energy), result("small", 390, latency=reason, energy=energy))
+    page = render([table], title="t")
+    assert "latency: not deployable as integers: weights only" in page
+    assert page.count("energy: not measurable here: no RAPL, no NVML") == 1
+    assert "mJ / image" not in page
+
+
+def test_unknown_metrics_are_shown() -> None:
+    table = judge(result("fp32", 390, mine={"status": "ok", "values": {"value": 42.0}}))
+    page = render([table], title="t")
+    assert "mine (u)" in page
+    assert "42" in page
+
+
+def test_without_a_reference_there_is_no_drop() -> None:
+    table = judge(result("good", 388))
+    assert table.reference is None
+    assert table.rows[0].drop is None
+
+
+def test_published_files(tmp_path: Path) -> None:
+    table = judge(result("fp32", 390, size=size(800)), result("small", 380, size=size(100)))
+    page = publish([table], tmp_path, title="t")
+    assert page.read_text().startswith("# t\n")
+    frame = pd.read_csv(tmp_path / "leaderboard.csv")
+    assert frame.loc[1, "score"] == pytest.approx(380 / N)
+    assert frame.loc[1, "difference"] == pytest.approx(-10 / N)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LEADERBOARD.md", "leaderboard.csv"]
