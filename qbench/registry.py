@@ -235,6 +235,14 @@ def _scalar(value: Any) -> str:
     return str(value)
 
 
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as in YAML 1.2."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
 _REFERENCE = re.compile(r"^\s*([A-Za-z0-9_.\-]+)\s*(?:\[(.*)\])?\s*$", re.DOTALL)
 
 
@@ -255,7 +263,12 @@ def parse(text: str, where: str = "") -> tuple[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"{_at(where)}{part.strip()!r} in {text!r} is not of the form option=value")
-        options[key.strip()] = yaml.safe_load(value)
+        if key.strip() in options:
+            raise UserError(f"{_at(where)}{text!r} gives the option {key.strip()!r} twice")
+        try:
+            options[key.strip()] = yaml.load(value, Loader)
+        except yaml.YAMLError:
+            raise UserError(f"{_at(where)}{value.strip()!r} in {text!r} is not a value") from None
     return name, options
 
 
@@ -319,7 +332,7 @@ def load_file(path: str | Path, where: str = "") -> None:
     except UserError:
         _forget(name, file)
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _forget(name, file)
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
@@ -338,7 +351,7 @@ def load_entry_points() -> None:
     for entry in importlib.metadata.entry_points(group="qbench"):
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _BROKEN[f"{entry.name} ({entry.value})"] = f"{type(error).__name__}: {error}"
 
 

@@ -34,7 +34,7 @@ def kmeans(points: Tensor, k: int, start: Start = "optimal", seed: int = 0, iter
     ordered = np.sort(points.detach().double().cpu().numpy(), axis=1)
     k = min(k, ordered.shape[1])
     if start == "linear":
-        levels = np.linspace(ordered[:, 0], ordered[:, -1], k, axis=1)
+        levels = np.ascontiguousarray(np.linspace(ordered[:, 0], ordered[:, -1], k, axis=1))
     else:
         points_kept = max(k, min(_POINTS, _BUDGET // (len(ordered) * k)))
         means, counts = condense(ordered, points_kept)

@@ -43,8 +43,8 @@ def from_rows(rows: Tensor, shape: torch.Size | tuple[int, ...], axis: int = 0) 
 
 
 def expand_groups(parameter: Tensor, columns: int, group_size: int | None) -> Tensor:
-    """Parameters (R, G) spread over the columns: (R, 1) without groups, else (R, columns)."""
-    if group_size is None:
+    """Parameters (R, G) spread over the columns: (R, 1) with one group, which is every column's, else (R, columns)."""
+    if group_size is None or parameter.shape[1] == 1:
         return parameter
     return parameter.repeat_interleave(group_size, dim=1)[:, :columns]
 

@@ -1,0 +1,169 @@
+"""Every built-in method passes the conformance kit; methods that break a promise do not."""
+
+import pytest
+import torch
+
+from qbench import registry
+from qbench.check import MODELS, check_method
+from qbench.registry import parse, resolve
+
+# What is run where the defaults take too long (training), or where further options are another path through the code.
+REFERENCES = {
+    "activations": ["activations[mode=static]", "activations[mode=dynamic,granularity=token]"],
+    "cast": ["cast", "cast[dtype=float8_e5m2]"],
+    "kmeans": ["kmeans", "kmeans[bits=2,granularity=channel]"],
+    "lsq": ["lsq[steps=2,batch_size=16]"],
+    "rtn": ["rtn", "rtn[bits=3,granularity=group,group_size=16,symmetric=false,calibration=mse]"],
+}
+CASES = [case for name in sorted(registry._builtin("method")) for case in REFERENCES.get(name, [name])]
+
+torch.set_num_threads(1)
+
+
+def findings(reference, models=MODELS):
+    return list(check_method(resolve("method", *parse(reference)), models))
+
+
+@pytest.mark.parametrize("reference", CASES)
+def test_built_in_methods(reference):
+    checks = findings(reference)
+    assert not [check for check in checks if not check.ok]
+    for model in MODELS:
+        own = [check.name for check in checks if check.name.startswith(f"{model}: ")]
+        assert f"{model}: answers the same when loaded back" in own or f"{model}: supported" in own
+
+
+BROKEN = """
+import torch
+from torch import nn
+from qbench import Affine, Codebook, Unsupported, encode, method, weight_layers
+
+def layer(model):
+    return weight_layers(model)[-1]
+
+@method("returns_nothing")
+def returns_nothing(model, data):
+    layer(model)
+
+@method("raises")
+def raises(model, data):
+    return model.no_such_thing
+
+@method("refuses")
+def refuses(model, data):
+    raise Unsupported("no reason")
+
+@method("random")
+def random(model, data):
+    torch.seed()
+    encode(layer(model), Codebook.nearest(layer(model).weight, torch.randn(4)))
+    return model
+
+@method("stateful")
+def stateful(model, data, seen=[]):
+    seen.append(0)
+    encode(layer(model), Affine.nearest(layer(model).weight, 0.1 * len(seen), bits=4))
+    return model
+
+@method("overstated")
+def overstated(model, data):
+    code = Affine.nearest(layer(model).weight, 0.01, bits=8)
+    encode(layer(model), Affine(code.codes, code.scale, -2, 1))
+    return model
+
+@method("changed_later")
+def changed_later(model, data):
+    encode(layer(model), Affine.nearest(layer(model).weight, 0.1, bits=4))
+    layer(model).weight.data.add_(1e-4)
+    return model
+
+@method("unrecorded")
+def unrecorded(model, data):
+    last = [name for name, _ in model.named_modules() if _ is layer(model)][0]
+    parent, _, child = last.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Sequential(layer(model)))
+    return model
+
+@method("unrecorded_function")
+def unrecorded_function(model, data):
+    layer(model).register_forward_hook(lambda m, i, o: o * 1.5)
+    return model
+
+@method("other_shape")
+def other_shape(model, data):
+    layer(model).register_forward_hook(lambda m, i, o: o[:, :3])
+    return model
+
+@method("halves")
+def halves(model, data):
+    layer(model).register_forward_hook(lambda m, i, o: o.half())
+    return model
+
+@method("explodes")
+def explodes(model, data):
+    layer(model).weight.data.fill_(float("nan"))
+    return model
+
+@method("touches_the_reference")
+def touches_the_reference(model, data):
+    layer(data.reference).weight.data.zero_()
+    return model
+
+@method("uses_labels")
+def uses_labels(model, data):
+    next(data.train.epoch(0, batch_size=4, seed=0))
+    return model
+
+@method("not_the_same_function", track="structure")
+def not_the_same_function(model, data):
+    layer(model).weight.data.mul_(1.01)
+    return model
+
+@method("overwrites")
+def overwrites(model, data):
+    weight = layer(model).weight.data
+    weight.copy_((weight / 0.1).round() * 0.1)
+    return model
+"""
+
+PROMISES = {
+    "returns_nothing": ("returns a module", "NoneType"),
+    "raises": ("runs", "AttributeError: 'ResNet' object has no attribute 'no_such_thing'"),
+    "random": ("deterministic under a seed", "weight"),
+    "stateful": ("deterministic under a seed", "weight"),
+    "overstated": ("claimed levels are true", "of 4"),
+    "changed_later": ("weights are what their codes say", "weight"),
+    "unrecorded": ("packs and loads back", ""),
+    "unrecorded_function": ("answers the same when loaded back", ""),
+    "other_shape": ("same output shape and type", "(8, 3) instead of"),
+    "halves": ("same output shape and type", "float16"),
+    "explodes": ("finite output", "NaN"),
+    "touches_the_reference": ("only its model is changed", "data.reference"),
+    "uses_labels": ("runs", "track='qat'"),
+    "not_the_same_function": ("keeps the float function", "apart"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plugins") / "broken.py"
+    path.write_text(BROKEN)
+    registry.load_file(path)
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_broken_promises_are_found(broken, name):
+    promise, detail = PROMISES[name]
+    failed = [check for check in findings(name, MODELS[:1]) if not check.ok]
+    assert f"digits_resnet: {promise}" in [check.name for check in failed]
+    assert any(detail in check.detail for check in failed)
+
+
+def test_an_unsupported_model_is_said_to_be_so(broken):
+    (check,) = findings("refuses", MODELS[:1])
+    assert check.ok
+    assert check.detail == "unsupported: no reason"
+
+
+def test_a_method_that_only_overwrites_weights_passes(broken):
+    assert all(check.ok for check in findings("overwrites", MODELS[:1]))
