@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def compile(module: nn.Module, example: Tensor, threads: int) -> Compiled:
     if not isinstance(wanted, (list, tuple)) or not all(_batched(part, len(example)) for part in wanted):
         raise Refused("the output is neither a tensor nor a tuple of tensors, a row for each image")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracing that openvino itself chose
             converted = openvino.convert_model(module, example_input=example)
         compiled = Compiled(_compile(openvino, converted, example, threads), len(example), isinstance(expected, Tensor))
         answer = compiled(example)

@@ -103,7 +103,8 @@ def _run(
             batch = waiting.result()
             stop = start + len(batch)
             waiting = ahead.submit(images.batch, range(stop, min(stop + size, len(images))))
-            size = min(size, _feed(forward, batch, start, device, collect))
+            parts = _feed(forward, batch, start, device, collect)
+            size = parts if parts < len(batch) else size
             start = stop
     return size
 
