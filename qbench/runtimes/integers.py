@@ -1,0 +1,142 @@
+"""Which layers of a quantized network can run on integers, and a copy of the network that is written in integers."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qbench.errors import Unsupported
+from qbench.quant.activations import StaticQuantizer, input_quantizer, input_quantizers, quantize_input
+from qbench.quant.encodings import Affine, Encoding
+from qbench.quant.layers import encodings, named_weight_layers, output_axis
+
+NOT = "not deployable as integers: "
+_FLOAT_KINDS = {
+    "Codebook": "codebook weights run as gather + float",
+    "VectorCodebook": "codebook weights run as gather + float",
+    "Cast": "narrow float weights are no integers",
+    "Sum": "a sum of encodings is no integer",
+    "Rotated": "rotated weights are no integers",
+}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether anything is attached to the model: encodings or input quantizers."""
+    return bool(encodings(model) or input_quantizers(model))
+
+
+def judge(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The layers that can run on integers, and the others with the reason.
+
+    Raises:
+        Unsupported: there is none, or a layer whose input is quantized cannot: it would run a simulation.
+    """
+    attached = encodings(model)
+    layers = named_weight_layers(model)
+    reasons = {
+        name: why_float(layer, attached.get(f"{name}.weight" if name else "weight")) for name, layer in layers.items()
+    }
+    floats = {name: reason for name, reason in reasons.items() if reason is not None}
+    for name in input_quantizers(model):
+        if name not in layers:
+            raise Unsupported(f"{NOT}{name} has a quantizer but is no convolution or linear layer")
+    if floats and len(floats) == len(layers):
+        reason, count = Counter(floats.values()).most_common(1)[0]
+        raise Unsupported(NOT + reason + (f" ({count} of {len(layers)} layers)" if count < len(layers) else ""))
+    for name, reason in floats.items():
+        if input_quantizer(layers[name]) is not None:
+            raise Unsupported(f"{NOT}{reason} ({name})")
+    return tuple(name for name in layers if name not in floats), floats
+
+
+def why_float(layer: nn.Module, encoding: Encoding | None) -> str | None:
+    """Why the layer cannot multiply int8 weights with 8-bit inputs; None if it can."""
+    if encoding is None:
+        return "float weights"
+    if not isinstance(encoding, Affine):
+        return _FLOAT_KINDS.get(type(encoding).__name__, f"{type(encoding).__name__} weights are no integers")
+    if encoding.group_size is not None:
+        return "scales for groups of columns"
+    if encoding.scale.numel() > 1 and encoding.axis != output_axis(layer):
+        return "scales that are not per output channel"
+    codes = _centred(encoding)
+    low, high = int(codes.min()), int(codes.max())
+    if not torch.equal(codes, codes.round()):
+        return "weights with a fractional zero point"
+    if low < -128 or high > 127:
+        return f"weight codes from {low} to {high} do not fit int8"
+    return _why_float_input(input_quantizer(layer))
+
+
+def _why_float_input(quantizer: nn.Module | None) -> str | None:
+    if quantizer is None:
+        return "no input quantizers: weights only"
+    if not isinstance(quantizer, StaticQuantizer):
+        return f"{getattr(quantizer, 'kind', type(quantizer).__name__)} input quantizers"
+    if quantizer.bits > 8:
+        return f"inputs of {quantizer.bits} bits"
+    return None
+
+
+def _centred(encoding: Affine) -> Tensor:
+    """The codes less their zero points, (N, d): what is multiplied with the scale."""
+    rows = encoding.codes.movedim(encoding.axis, 0).flatten(1).float()
+    return rows if encoding.zero_point is None else rows - encoding.zero_point
+
+
+class _IntegerWeight(nn.Module):
+    """A weight computed from int8 codes: the form that runtimes recognise, whatever is folded into the scales."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, encoding: Affine) -> None:
+        super().__init__()
+        shape, axis = encoding.codes.shape, encoding.axis
+        rows = _centred(encoding).to(torch.int8)
+        moved = [shape[axis], *shape[:axis], *shape[axis + 1 :]]
+        self.register_buffer("codes", rows.reshape(moved).movedim(0, axis).contiguous())
+        broadcast = [1] * len(shape)
+        broadcast[axis] = shape[axis]
+        self.register_buffer("scale", encoding.scale.expand(shape[axis], 1).reshape(broadcast).contiguous())
+
+    def forward(self, _original: Tensor) -> Tensor:
+        return self.codes.to(torch.float32) * self.scale
+
+
+class _IntegerInput(nn.Module):
+    """A static quantizer of 8 bits that does what one of fewer bits does: runtimes know 8 bits only.
+
+    Codes outside of the narrower range are cut off before they arise; inside, the two agree exactly.
+    """
+
+    def __init__(self, quantizer: StaticQuantizer) -> None:
+        super().__init__()
+        self.scale, self.zero_point = float(quantizer.scale), int(quantizer.zero_point)
+        self.low = -128 if quantizer.symmetric else 0
+        self.cut = quantizer.bits < 8
+        self.least = (quantizer.low - self.zero_point) * self.scale
+        self.most = (quantizer.high - self.zero_point) * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cut:
+            x = x.clamp(self.least, self.most)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.low + 255)
+
+
+def with_integers(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """A copy on the CPU whose layers `names` have weights made of int8 codes, and inputs quantized to 8 bits."""
+    attached = encodings(model)
+    copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for name in names:
+        layer, encoding = copied.get_submodule(name), attached[f"{name}.weight" if name else "weight"]
+        quantizer = input_quantizer(layer)
+        assert isinstance(encoding, Affine)
+        assert isinstance(quantizer, StaticQuantizer)
+        parametrize.register_parametrization(layer, "weight", _IntegerWeight(encoding), unsafe=True)
+        quantize_input(layer, _IntegerInput(quantizer))
+    return copied

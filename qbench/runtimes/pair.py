@@ -1,0 +1,85 @@
+"""A finished run's network and the float network, compiled by the same runtime for the same batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from qbench import registry
+from qbench.errors import Unsupported
+from qbench.metrics.base import Finished
+from qbench.quant import structure
+from qbench.runtimes.base import Compiled, flatten
+from qbench.runtimes.integers import is_quantized
+
+_AGREEMENT_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """Networks by name: `quantized` (not for the float reference), `float` and `float_again`, a second instance."""
+
+    networks: dict[str, Compiled]
+    batch: np.ndarray
+    """(B, C, H, W) calibration images."""
+    device: Literal["cpu", "cuda"]
+    facts: dict[str, Any]
+    """What ran: counts of layers, and agreement with the scored network."""
+
+
+def deploy(finished: Finished, runtime: str, batch_size: int, threads: int) -> Deployed:
+    """Compile both networks.
+
+    Raises:
+        Unsupported: the quantized network cannot run for real, or there are fewer cores than threads.
+        UserError: there are fewer calibration images than `batch_size`.
+    """
+    if threads > finished.threads:
+        raise Unsupported(f"threads={threads}, but this run may use {finished.threads} cores")
+    engine = registry.resolve("runtime", runtime)()
+    (example,) = finished.data.calibration.first(batch_size, batch_size)
+    networks: dict[str, Compiled] = {}
+    scored = finished.quantized
+    if is_quantized(scored) or structure.record(scored):
+        networks["quantized"] = engine.compile(scored, example, threads=threads)
+    for name in ("float", "float_again"):
+        networks[name] = engine.compile(finished.load_float(), example, threads=threads)
+    first = next(iter(networks.values()))
+    facts = {
+        "runtime": runtime,
+        "batch_size": batch_size,
+        "threads": threads,
+        "integer_layers": first.integer_layers,
+        "compute_layers": first.compute_layers,
+        "claimed_layers": len(first.claimed_layers),
+        "float_layers": dict(first.float_layers),
+        "agreement": agreement(finished, scored, first, batch_size),
+    }
+    return Deployed(networks, np.ascontiguousarray(example.cpu().numpy()), engine.device, facts)
+
+
+@torch.no_grad()
+def agreement(finished: Finished, scored: nn.Module, compiled: Compiled, batch_size: int) -> dict[str, Any]:
+    """The deployed network's answers against those of the network that was scored, on calibration images.
+
+    Returns:
+        `images`; `relative_difference`: |deployed - scored| / |scored| (2-norms) of each image; for classification
+        `same_first_guess`: how many images have the same.
+    """
+    calibration = finished.data.calibration
+    count = min(calibration.images, max(batch_size, _AGREEMENT_IMAGES)) // batch_size * batch_size
+    differences: list[float] = []
+    same = 0
+    for images in calibration.first(count, batch_size):
+        wanted = [tensor.cpu().numpy() for tensor in flatten(scored(images))]
+        found = compiled.run(np.ascontiguousarray(images.cpu().numpy()))
+        a, b = (np.concatenate([t.reshape(batch_size, -1) for t in ts], axis=1) for ts in (found, wanted))
+        size = np.maximum(np.linalg.norm(b, axis=1), np.finfo(np.float32).tiny)
+        differences += (np.linalg.norm(a - b, axis=1) / size).tolist()
+        same += int((found[0].argmax(-1) == wanted[0].argmax(-1)).sum())
+    facts: dict[str, Any] = {"images": count, "relative_difference": differences}
+    return facts | ({"same_first_guess": same} if finished.model.task == "classification" else {})
