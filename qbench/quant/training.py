@@ -6,6 +6,7 @@ weights, bit for bit, on the CPU.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -96,11 +97,9 @@ def fit(
     def plain(net: nn.Module, x: Tensor, y: Any) -> Tensor:
         return data.loss(net(x), y)
 
-    losses: list[float] = []
-    seconds: list[float] = []
-    loading: list[float] = []
-    devices = [data.device] if data.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    history: dict[str, list[float]] = {"loss": [], "seconds": [], "loading_seconds": []}
+    freeze_at = total if freeze_bn is None else math.ceil(freeze_bn * total)
+    with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(data.seed)
         own = stepper(model, own_groups(model), objective or plain)
         schedule = torch.optim.lr_scheduler.LambdaLR(own.optimizer, lambda n: cosine(n, total, round(warmup * total)))
@@ -110,34 +109,22 @@ def fit(
             total,
             timing_steps,
         )
-        set_training(model, frozen=False)
-        mark = time.perf_counter()
-        for number, (x, y) in enumerate(_batches(data, total, batch_size)):
-            if freeze_bn is not None and number == math.ceil(freeze_bn * total):
+        for number, (x, y), loading in _batches(data, total, batch_size):
+            if number in (0, freeze_at):
                 for net in (model, *pairs.networks):
-                    set_training(net, frozen=True)
-            ready = time.perf_counter()
-            loss, spent = pairs.step(number, own, x, y)
+                    set_training(net, frozen=number >= freeze_at)
+            loss, seconds = pairs.step(number, own, x, y)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {number} of {total}; try a smaller lr")
             schedule.step()
-            losses.append(loss)
-            seconds.append(spent)
-            loading.append(ready - mark)
+            for key, value in (("loss", loss), ("seconds", seconds), ("loading_seconds", loading)):
+                history[key].append(value)
             if on_step is not None:
                 on_step(Step(number, total, loss, model))
             data.progress((number + 1) / total)
-            mark = time.perf_counter()
     data.record(
         "training",
-        {
-            "loss": losses,
-            "seconds": seconds,
-            "loading_seconds": loading,
-            "steps_per_epoch": per_epoch,
-            "batch_size": batch_size,
-            "timing": pairs.record(),
-        },
+        history | {"steps_per_epoch": per_epoch, "batch_size": batch_size, "timing": pairs.record()},
     )
     return model.eval()
 
@@ -196,14 +183,16 @@ def _total(epochs: int | None, steps: int | None, per_epoch: int) -> int:
     return steps if steps is not None else (epochs or 0) * per_epoch
 
 
-def _batches(data: Data, total: int, batch_size: int) -> Iterator[tuple[Tensor, Any]]:
+def _batches(data: Data, total: int, batch_size: int) -> Iterator[tuple[int, tuple[Tensor, Any], float]]:
+    """Number of the step, batch, and the seconds it took to get it."""
     done = epoch = 0
     while done < total:
-        for batch in data.train.epoch(epoch, batch_size=batch_size, seed=data.seed):
-            yield batch
+        batches = data.train.epoch(epoch, batch_size=batch_size, seed=data.seed)
+        start = time.perf_counter()
+        for batch in itertools.islice(batches, total - done):
+            yield done, batch, time.perf_counter() - start
             done += 1
-            if done == total:
-                return
+            start = time.perf_counter()
         epoch += 1
 
 
