@@ -14,7 +14,7 @@ from torch import Tensor
 Start = Literal["optimal", "linear", "kmeans++"]
 
 _POINTS = 4096  # into which a longer row is condensed to choose a start
-_BUDGET = 1 << 23  # rows x points x clusters of that choice
+_BUDGET = 1 << 22  # rows x points x clusters of that choice
 _CHUNK = 1 << 24  # entries of the dynamic program in memory at a time
 
 

@@ -166,7 +166,7 @@ def _exact_step(points: Tensor, top: int) -> Tensor:
     return torch.where(best > 1e-30, best, torch.ones_like(best)).to(points.dtype)
 
 
-def levels_scale(points: Tensor, levels: Tensor, steps: int = 64) -> Tensor:
+def levels_scale(points: Tensor, levels: Tensor, steps: int = 40) -> Tensor:
     """The scale (R,) with which scaled `levels` come nearest to each row in squared error; 1 for rows of zeros.
 
     Of `steps` scales from 0.1 to 1.5 times the row's largest magnitude over the largest level, each improved by the
