@@ -104,10 +104,13 @@ class Affine:
         step = as_grid(scale, rows)
         step = torch.where(step > 0, step, torch.ones_like(step)).float()
         zero = None if zero_point is None else as_grid(zero_point, rows).float()
-        wide = expand_groups(step, rows.shape[1], group_size)
-        codes = torch.round(
-            rows / wide if zero is None else rows / wide + expand_groups(zero, rows.shape[1], group_size)
-        )
+        codes = rows / expand_groups(step, rows.shape[1], group_size)
+        if zero is None:
+            codes = codes.round()
+        else:
+            # Only the fraction before rounding: next to a large zero point float32 has no room for the weight's digits.
+            offset = expand_groups(zero, rows.shape[1], group_size)
+            codes = (codes + (offset - offset.round())).round() + offset.round()
         codes = codes.clamp(low, high).to(torch.int32)
         return Affine(from_rows(codes, weight.shape, axis), step, low, high, zero, axis, group_size)
 

@@ -86,6 +86,16 @@ def test_affine_ties_go_to_even():
     assert code.codes.tolist() == [[0, 2, 0, 2]]
 
 
+def test_a_zero_point_does_not_change_the_rounding():
+    weight = random((8, 64)) * 3
+    plain = Affine.nearest(weight, 1.0, low=-20, high=20)
+    assert torch.equal(Affine.nearest(weight, 1.0, bits=16, zero_point=32767.0).decode(), plain.decode())
+    ties = torch.tensor([[0.5, 1.5, -0.5, 2.5]])
+    assert Affine.nearest(ties, 1.0, bits=4, zero_point=3.0).decode().tolist() == [[0, 2, 0, 2]]
+    between = Affine.nearest(ties, 1.0, bits=4, zero_point=3.4)
+    assert between.codes.tolist() == [[4, 5, 3, 6]]
+
+
 def test_affine_of_dead_channels():
     code = Affine.nearest(torch.tensor([[0.0, 0.0], [1.0, -1.0]]), torch.tensor([0.0, 1.0]), bits=8)
     assert torch.equal(code.decode(), torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
