@@ -25,6 +25,7 @@ def test_raw_samples_of_both_networks_in_pairs(tmp_path: Path) -> None:
     assert (values["integer_layers"], values["claimed_layers"], values["compute_layers"]) == (2, 2, 2)
     assert values["agreement"]["images"] == values["agreement"]["same_first_guess"] == 4
     assert max(values["agreement"]["relative_difference"]) < 0.01
+    assert len(values["agreement"]["noise"]) == 4
 
 
 def test_the_float_reference_has_no_quantized_samples(tmp_path: Path) -> None:
