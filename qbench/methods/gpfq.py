@@ -102,6 +102,7 @@ def gpfq(
             delta = largest / 2 ** (width - 1)
         return alphabets.uniform(delta, width, clipped, threshold if sparsity == "soft" else 0.0)
 
+    model.eval()
     chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
     batches = data.calibration if images is None else data.calibration.first(images)
     errors: dict[str, float] = {}

@@ -36,7 +36,7 @@ def _fold(model: nn.Module, *, layer: str, norm: str) -> None:
         bias = target.bias.double() if isinstance(target.bias, Tensor) else torch.zeros_like(scale)
         weight.copy_(_scaled(target, weight.double(), scale))
         target.bias = nn.Parameter((bias * scale + shift).to(weight.dtype))
-    structure.replace_module(model, norm, _remainder(gone))
+    structure.replace_module(model, norm, _remainder(gone).train(gone.training))
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

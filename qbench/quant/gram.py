@@ -219,19 +219,20 @@ class _Sums:
             self._multiply(rows[0], rows[-1])
 
     def _rows(self, view: Tensor, chosen: Tensor | None, places: tuple[int, ...]) -> Tensor:
-        """(groups, rows, d)"""
+        """(rows, groups, d)"""
         if chosen is not None and places:
             image = torch.arange(view.shape[0], device=view.device)[:, None]
             view = view[(image, *torch.unravel_index(chosen, places))]
         # Contiguous: matrix products of rows in another order of memory are many times slower.
         rows = view.contiguous().view(-1, self.groups, self.d)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        return rows.movedim(1, 0)
+        return rows if rows.dtype == torch.float64 else rows.float()
 
     def _multiply(self, xt: Tensor, x: Tensor) -> None:
-        self.rows += xt.shape[1]
-        self.sums[0] += xt.sum(1, dtype=torch.float64)
-        self.sums[1] += x.sum(1, dtype=torch.float64)
+        self.rows += len(xt)
+        ones = xt.new_ones(len(xt))
+        for total, rows in zip(self.sums, (xt, x), strict=True):
+            total += (ones @ rows.flatten(1)).view_as(total)
+        xt, x = xt.movedim(1, 0), x.movedim(1, 0)
         _add_symmetric(self.H, xt)
         if not self.same:
             self.G += xt.mT @ x
