@@ -2,6 +2,10 @@
 
 In the manner of FCOS (Tian et al., 1904.01355), with class scores that learn the overlap of their own box, as in
 Generalized Focal Loss (Li et al., 2006.04388).
+
+The weights that ship with the package were made, from random ones, by
+
+    qbench train digit_detector --dataset digit_scenes --epochs 36 --batch-size 32 --lr 0.002 -o FILE
 """
 
 from __future__ import annotations
