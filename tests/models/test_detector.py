@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qbench.datasets.base import Boxes
 from qbench.models import detector
-from qbench.models.detector import CLASSES, STRIDE, assign, cell_centres, decode, decode_boxes, encode_boxes, loss
+from qbench.models.detector import CLASSES, assign, cell_centres, decode, decode_boxes, encode_boxes, loss
 
 
 def _outputs(boxes: list[Boxes], side: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
