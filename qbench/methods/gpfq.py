@@ -131,6 +131,7 @@ def _float_weight(stop: Stop) -> Tensor:
 
 def _relative_error(weight: Tensor, quantized: Tensor, sums: Grams) -> float:
     """`||X W - X~ Q|| / ||X W||` over the whole layer."""
+    assert sums.F is not None
     error, energy = squared_error(weight, quantized, sums.H, sums.G, sums.F)
     return float((error.sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
 

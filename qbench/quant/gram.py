@@ -16,7 +16,7 @@ from qbench.errors import Unsupported
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHUNK = 1 << 25  # numbers in the rows that are held at a time
-_COLUMNS = 512  # of a symmetric product that are computed at a time: what lies above the diagonal is mirrored
+_COLUMNS = 256  # of a product that are computed at a time where the part above the diagonal is not needed
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -144,7 +144,7 @@ class Grams:
     Attributes:
         H: X~'X~, (groups, d, d).
         G: X~'X, (groups, d, d).
-        F: X'X, (groups, d, d).
+        F: X'X, (groups, d, d); None where errors are not to be measured.
         mean: mean row of X~, (groups, d).
         float_mean: mean row of X, (groups, d).
         rows: how many.
@@ -152,14 +152,19 @@ class Grams:
 
     H: Tensor
     G: Tensor
-    F: Tensor
+    F: Tensor | None
     mean: Tensor
     float_mean: Tensor
     rows: int
 
 
 def grams(
-    layer: nn.Module, inputs: Iterable[Tensor], floats: Iterable[Tensor] | None = None, sampling: Sampling | None = None
+    layer: nn.Module,
+    inputs: Iterable[Tensor],
+    floats: Iterable[Tensor] | None = None,
+    sampling: Sampling | None = None,
+    *,
+    for_errors: bool = True,
 ) -> Grams:
     """The Gram matrices of a layer's inputs in the quantized and in the float network.
 
@@ -170,6 +175,8 @@ def grams(
         inputs: X~, one tensor per batch.
         floats: X of the same batches; None when it is the same, so that H, G and F are one.
         sampling: which positions; default all.
+        for_errors: whether errors are to be measured; a path can be followed without F and what is above the diagonal
+            of G.
 
     Raises:
         Unsupported: transposed convolutions, or a layer that does more than multiply its weight with its input.
@@ -181,7 +188,7 @@ def grams(
     for xt, x in zip(inputs, inputs if floats is None else floats, strict=True):
         if total is None:
             check_rows(layer, xt)
-            total = _Sums(layer, xt.device, same=floats is None)
+            total = _Sums(layer, xt.device, same=floats is None, for_errors=for_errors)
         total.add(xt, x, sampling, share, generator)
     if total is None:
         raise ValueError("there are no inputs")
@@ -196,13 +203,14 @@ def _positions(layer: nn.Module, inputs: Iterable[Tensor], stride: Literal["laye
 
 
 class _Sums:
-    def __init__(self, layer: nn.Module, device: torch.device, same: bool) -> None:
+    def __init__(self, layer: nn.Module, device: torch.device, same: bool, for_errors: bool) -> None:
         self.layer, self.same = layer, same
         self.groups = groups_of(layer)
         self.d = grouped_weight(layer).shape[-1]
         self.inner = layer.weight.dim() - 1 if isinstance(layer, CONVOLUTIONS) else 1
         self.H = torch.zeros(self.groups, self.d, self.d, dtype=torch.float64, device=device)
-        self.G, self.F = (self.H, self.H) if same else (torch.zeros_like(self.H), torch.zeros_like(self.H))
+        self.G = self.H if same else torch.zeros_like(self.H)
+        self.F = None if not for_errors else self.H if same else torch.zeros_like(self.H)
         self.sums = torch.zeros(2, self.groups, self.d, dtype=torch.float64, device=device)
         self.rows = 0
 
@@ -233,20 +241,31 @@ class _Sums:
         for total, rows in zip(self.sums, (xt, x), strict=True):
             total += (ones @ rows.flatten(1)).view_as(total)
         xt, x = xt.movedim(1, 0), x.movedim(1, 0)
-        _add_symmetric(self.H, xt)
+        _add_lower(self.H, xt, xt)
         if not self.same:
-            self.G += xt.mT @ x
-            _add_symmetric(self.F, x)
+            if self.F is None:
+                _add_lower(self.G, xt, x)
+            else:
+                self.G += xt.mT @ x
+                _add_lower(self.F, x, x)
 
     def finish(self) -> Grams:
-        for square in (self.H,) if self.same else (self.H, self.F):
-            square.copy_(square.tril() + square.tril(-1).mT)
+        for square in (self.H, None if self.same else self.F):
+            if square is not None:
+                _mirror(square)
         mean, float_mean = self.sums / self.rows
         return Grams(self.H, self.G, self.F, mean, float_mean, self.rows)
 
 
-def _add_symmetric(square: Tensor, rows: Tensor) -> None:
-    """Add rows' rows on and below the diagonal (and in the blocks on it)."""
-    for first in range(0, rows.shape[-1], _COLUMNS):
-        last = min(first + _COLUMNS, rows.shape[-1])
-        square[:, first:last, :last] += rows[..., first:last].mT @ rows[..., :last]
+def _mirror(square: Tensor) -> None:
+    """Copy what is below the blocks on the diagonal to above them."""
+    for first in range(0, square.shape[-1], _COLUMNS):
+        last = first + _COLUMNS
+        square[:, first:last, last:] = square[:, last:, first:last].mT
+
+
+def _add_lower(square: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left'right on and below the diagonal (and in the blocks on it)."""
+    for first in range(0, left.shape[-1], _COLUMNS):
+        last = min(first + _COLUMNS, left.shape[-1])
+        square[:, first:last, :last] += left[..., first:last].mT @ right[..., :last]

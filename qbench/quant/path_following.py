@@ -20,7 +20,7 @@ def follow_path(weight: Tensor, H: Tensor, G: Tensor, alphabet: Alphabet, *, act
     Args:
         weight: (groups, n, d) float weights of the n neurons of each group.
         H: X~'X~, (groups, d, d).
-        G: X~'X, (groups, d, d).
+        G: X~'X, (groups, d, d); unless `act_order`, only what is on and below the diagonal is read.
         alphabet: levels of the layer, or of each of its groups * n neurons.
         act_order: take the columns by decreasing H[t,t] instead of from left to right.
 
@@ -37,19 +37,23 @@ def follow_path(weight: Tensor, H: Tensor, G: Tensor, alphabet: Alphabet, *, act
     norms = H.diagonal(dim1=1, dim2=2)
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     # One column of a weight is one row here, so that what the loop touches lies together.
-    target = (G.tril() @ weight.mT) * inverse[..., None]
-    chosen = torch.empty_like(target)
-    indices = torch.empty_like(target, dtype=torch.int64)
+    wanted = weight.mT.contiguous()
+    chosen = torch.empty_like(wanted)
+    indices = torch.empty_like(wanted, dtype=torch.int64)
     for first in range(0, d, _BLOCK):
         last = min(first + _BLOCK, d)
-        step = H[:, first:last, :last] * inverse[:, first:last, None]
-        block = target[:, first:last] - step[:, :, :first] @ chosen[:, :first]
-        within = step[:, :, first:]
-        for t in range(last - first):
-            index = torch.searchsorted(thresholds, block[:, t, :, None].contiguous(), right=True)
-            value = _pick(levels, index)
-            indices[:, first + t], chosen[:, first + t] = index[..., 0], value[..., 0]
-            block[:, t + 1 :] -= within[:, t + 1 :, t, None] * value.mT
+        own, before = slice(first, last), slice(0, first)
+        block = G[:, own, :last].tril(first) @ wanted[:, :last] - H[:, own, before] @ chosen[:, before]
+        block *= inverse[:, own, None]
+        within = H[:, own, own] * inverse[:, own, None]
+        picked = []
+        for t, (now, effect) in enumerate(zip(block.unbind(1), within.split(1, 2), strict=True), 1):
+            index = torch.searchsorted(thresholds, now[..., None].contiguous(), right=True)
+            value = _pick(levels, index).mT
+            picked.append((index, value))
+            block[:, t:].addcmul_(effect[:, t:], value, value=-1)
+        indices[:, own] = torch.cat([index.mT for index, _ in picked], 1)
+        chosen[:, own] = torch.cat([value for _, value in picked], 1)
     return indices.mT
 
 
