@@ -145,8 +145,8 @@ class Grams:
         H: X~'X~, (groups, d, d).
         G: X~'X, (groups, d, d).
         F: X'X, (groups, d, d); None where errors are not to be measured.
-        mean: mean row of X~, (groups, d).
-        float_mean: mean row of X, (groups, d).
+        mean: mean row of X~, (groups, d); 0 where errors are not to be measured.
+        float_mean: mean row of X, (groups, d); 0 as well.
         rows: how many.
     """
 
@@ -175,8 +175,8 @@ def grams(
         inputs: X~, one tensor per batch.
         floats: X of the same batches; None when it is the same, so that H, G and F are one.
         sampling: which positions; default all.
-        for_errors: whether errors are to be measured; a path can be followed without F and what is above the diagonal
-            of G.
+        for_errors: whether errors are to be measured; a path can be followed without F, means, and what is above the
+            diagonal of G.
 
     Raises:
         Unsupported: transposed convolutions, or a layer that does more than multiply its weight with its input.
@@ -204,7 +204,7 @@ def _positions(layer: nn.Module, inputs: Iterable[Tensor], stride: Literal["laye
 
 class _Sums:
     def __init__(self, layer: nn.Module, device: torch.device, same: bool, for_errors: bool) -> None:
-        self.layer, self.same = layer, same
+        self.layer, self.same, self.for_errors = layer, same, for_errors
         self.groups = groups_of(layer)
         self.d = grouped_weight(layer).shape[-1]
         self.inner = layer.weight.dim() - 1 if isinstance(layer, CONVOLUTIONS) else 1
@@ -237,9 +237,10 @@ class _Sums:
 
     def _multiply(self, xt: Tensor, x: Tensor) -> None:
         self.rows += len(xt)
-        ones = xt.new_ones(len(xt))
-        for total, rows in zip(self.sums, (xt, x), strict=True):
-            total += (ones @ rows.flatten(1)).view_as(total)
+        if self.for_errors:
+            ones = xt.new_ones(len(xt))
+            for total, rows in zip(self.sums, (xt, x), strict=True):
+                total += (ones @ rows.flatten(1)).view_as(total)
         xt, x = xt.movedim(1, 0), x.movedim(1, 0)
         _add_lower(self.H, xt, xt)
         if not self.same:
