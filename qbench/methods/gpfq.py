@@ -7,9 +7,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qbench.data import Data
-from qbench.errors import Unsupported, UserError
-from qbench.quant import alphabet as alphabets
-from qbench.quant.alphabet import Alphabet
+from qbench.errors import Unsupported
+from qbench.quant.alphabet import Alphabets
 from qbench.quant.biases import shift_bias
 from qbench.quant.gram import Grams, Sampling, grouped_weight
 from qbench.quant.layers import encode, select_layers, weight_of
@@ -78,30 +77,8 @@ def gpfq(
         Unsupported: a layer whose output is not its weight times its input patches, such as transposed convolutions.
         UserError: options that contradict each other, or a threshold beyond the largest level.
     """
-    if sparsity != "none" and alphabet != "midtread":
-        raise UserError(f"gpfq: sparsity={sparsity} has an alphabet of its own; use alphabet=midtread")
-    if step == "mse" and (alphabet not in ("midtread", "clipped") or sparsity == "hard"):
-        raise UserError("gpfq: step=mse is for the alphabets midtread and clipped without hard sparsity")
-    if levels is not None and alphabet != "median":
-        raise UserError("gpfq: levels is for alphabet=median; the others have 2**bits or one more")
-    if alphabet == "median" and granularity == "channel":
-        raise UserError("gpfq: alphabet=median has one radius a layer; use granularity=layer")
-
-    def build(weight: Tensor, width: int) -> Alphabet:
-        per_channel, clipped = granularity == "channel", alphabet == "clipped"
-        if alphabet == "median":
-            return alphabets.linspace(c * alphabets.median_radius(weight), levels or 2**width, zero=False)
-        largest = c * alphabets.radius(weight, percentile / 100, per_channel)
-        if alphabet == "linspace_zero":
-            return alphabets.linspace(largest, 2**width, zero=True)
-        if sparsity == "hard":
-            return alphabets.hard(largest, width, threshold)
-        if step == "mse":
-            delta = alphabets.least_squares_step(weight, width, clipped, per_channel)
-        else:
-            delta = largest / 2 ** (width - 1)
-        return alphabets.uniform(delta, width, clipped, threshold if sparsity == "soft" else 0.0)
-
+    alphabets = Alphabets(alphabet, levels, c, percentile / 100, step, granularity, sparsity, threshold)
+    alphabets.check()
     model.eval()
     chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
     batches = data.calibration if images is None else data.calibration.first(images)
@@ -110,7 +87,7 @@ def gpfq(
         weight = _float_weight(stop)
         rows = None if oversample is None else max(_LEAST_ROWS, oversample * weight.shape[-1])
         sums = stop.grams(Sampling(patch_stride, rows, retain, seed=data.seed + stop.index))
-        book = build(weight.flatten(0, 1), chosen[stop.name])
+        book = alphabets.build(weight.flatten(0, 1), chosen[stop.name])
         indices = follow_path(weight, sums.H, sums.G, book, act_order=act_order)
         encode(stop.layer, book.encoding(indices.reshape(weight_of(stop.layer).shape)))
         quantized = grouped_weight(stop.layer)

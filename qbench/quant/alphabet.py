@@ -13,6 +13,8 @@ from qbench.errors import UserError
 from qbench.quant.encodings import Affine, Codebook, Encoding
 
 Kind = Literal["midtread", "clipped", "linspace_zero", "median"]
+Step = Literal["radius", "mse"]
+Granularity = Literal["layer", "channel"]
 Sparsity = Literal["none", "soft", "hard"]
 
 
@@ -139,3 +141,46 @@ def least_squares_step(weight: Tensor, bits: int, clipped: bool = False, per_cha
         error = (rows - rounded).square().sum(1, keepdim=True)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best if per_channel else best.reshape(())
+
+
+@dataclass(frozen=True)
+class Alphabets:
+    """How the alphabet of a layer is made; the options of `gpfq` say what each means."""
+
+    kind: Kind
+    count: int | None
+    c: float
+    percentile: float
+    step: Step
+    granularity: Granularity
+    sparsity: Sparsity
+    threshold: float
+
+    def check(self) -> None:
+        """Raises UserError where choices contradict each other."""
+        if self.sparsity != "none" and self.kind != "midtread":
+            raise UserError(f"sparsity={self.sparsity} has an alphabet of its own; use alphabet=midtread")
+        if self.step == "mse" and (self.kind not in ("midtread", "clipped") or self.sparsity == "hard"):
+            raise UserError("step=mse is for the alphabets midtread and clipped without hard sparsity; use step=radius")
+        if self.count is not None and self.kind != "median":
+            raise UserError("levels is for alphabet=median; the others have 2**bits or one more, so leave it out")
+        if self.kind == "median" and self.granularity == "channel":
+            raise UserError("alphabet=median has one radius a layer; use granularity=layer")
+
+    def build(self, weight: Tensor, bits: int) -> Alphabet:
+        """The alphabet of a layer's weight (N, d).
+
+        Raises:
+            UserError: the threshold is not below the largest level.
+        """
+        per_channel, clipped = self.granularity == "channel", self.kind == "clipped"
+        if self.kind == "median":
+            return linspace(self.c * median_radius(weight), self.count or 2**bits, zero=False)
+        largest = self.c * radius(weight, self.percentile, per_channel)
+        if self.kind == "linspace_zero":
+            return linspace(largest, 2**bits, zero=True)
+        if self.sparsity == "hard":
+            return hard(largest, bits, self.threshold)
+        by_error = self.step == "mse"
+        step = least_squares_step(weight, bits, clipped, per_channel) if by_error else largest / 2 ** (bits - 1)
+        return uniform(step, bits, clipped, self.threshold if self.sparsity == "soft" else 0.0)
