@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qbench.metrics.ap import Matches, paired_interval
+from qbench.metrics.energy import millijoules
 from qbench.metrics.ratio import paired_ratio
 from qbench.run import Measurement, Result
 from qbench.stats import Interval, paired_difference, ranks
@@ -200,8 +201,58 @@ def _cost(values: Values) -> dict[str, Any]:
     }
 
 
+def _pooled(values: Values, key: str) -> list[float]:
+    return [sample for v in values for sample in v[key]]
+
+
+def _latency(values: Values) -> dict[str, Any]:
+    """Median milliseconds, and the paired ratio to float; unstable where float does not even agree with itself."""
+    judged: dict[str, Any] = {"float_latency_ms": 1000 * float(np.median(_pooled(values, "float")))}
+    if "quantized" in values[0]:
+        quantized, reference, again = (_pooled(values, name) for name in ("quantized", "float", "float_again"))
+        noise = abs(paired_ratio(again, reference)[0] - 1)
+        judged["latency_ms"] = 1000 * float(np.median(quantized))
+        judged["latency_ratio"] = Interval(*paired_ratio(quantized, reference))
+        judged["latency_ratio_unstable"] = noise > _NOISE
+        judged["integer_layers"] = f"{values[0]['integer_layers']}/{values[0]['compute_layers']}"
+    return judged
+
+
+_NOISE = 0.05
+"""Share by which two instances of the float network may differ before a latency is called unstable."""
+
+
+def _training_time(values: Values) -> dict[str, Any]:
+    """Paired ratio of a training step to a float one, and the reduction it means: negative is slower."""
+    quantized, reference = _pooled(values, "quantized"), _pooled(values, "float")
+    ratio = Interval(*paired_ratio(quantized, reference))
+    seconds = float(np.median(quantized))
+    return {
+        "step_ratio": ratio,
+        "step_seconds": seconds,
+        "epoch_seconds": seconds * values[0]["steps_per_epoch"],
+        "training_time_reduction_percent": 100 * (1 - ratio.estimate),
+    }
+
+
+def _energy(values: Values) -> dict[str, Any]:
+    rounds = [millijoules(v["windows"]) for v in values]
+    name = "quantized" if "quantized" in rounds[0] else "float"
+    judged: dict[str, Any] = {"energy_mj": float(np.median([e for r in rounds for e in r[name]]))}
+    if name == "quantized":
+        quantized, reference = ([e for r in rounds for e in r[key]] for key in ("quantized", "float"))
+        judged["energy_ratio"] = Interval(*paired_ratio(quantized, reference))
+    return judged
+
+
 _JUDGES: dict[str, Callable[[Values], dict[str, Any]]] = {
     "size": _size,
     "coverage": _coverage,
     "cost": _cost,
+    "latency": _latency,
+    "training_time": _training_time,
+    "energy": _energy,
+    # The task's metric is judged with its interval above.
+    "top1": lambda _: {},
+    "map": lambda values: {key: _mean(values, key) for key in ("AP50", "AP75") if values[0][key] is not None},
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from qbench import registry
 from qbench.errors import UserError
-from qbench.registry import KINDS, Kind, Plugin
+from qbench.registry import KINDS, Plugin
 
 
 def _load(plugins: list[str]) -> None:

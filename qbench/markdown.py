@@ -41,18 +41,25 @@ def _interval(key: str, form: str) -> Cell:
 COLUMNS: list[tuple[str, str, Cell]] = [
     ("size MiB", "size", _number("file_bytes", ".3f", 1 / 2**20)),
     ("ratio", "size", _number("compression_ratio", ".2f")),
-    ("coverage % W / MAC", "coverage", lambda c: _pair(c, "weights_covered", "macs_covered")),
-    ("int8 / float latency", "latency", _interval("latency_ratio", ".2f")),
+    ("coverage % W / MAC", "coverage", lambda c: _coverage(c)),
+    ("int8 / float latency", "latency", lambda c: _latency(c)),
     ("cost s", "cost", _number("cost_seconds", ".1f")),
     ("train step / float", "training_time", _interval("step_ratio", ".2f")),
     ("mJ / image", "energy", _number("energy_mj", ".2f")),
 ]
 
 
-def _pair(cells: dict[str, Any], first: str, second: str) -> str | None:
-    if cells.get(first) is None:
+def _coverage(cells: dict[str, Any]) -> str | None:
+    if "weights_covered" not in cells:
         return None
-    return f"{100 * cells[first]:.0f} / {100 * cells[second]:.0f}"
+    return f"{100 * cells['weights_covered']:.0f} / {100 * cells['macs_covered']:.0f}"
+
+
+def _latency(cells: dict[str, Any]) -> str | None:
+    """The paired ratio; for the float reference its own time."""
+    if "latency_ratio" not in cells and "float_latency_ms" in cells:
+        return f"1 ({cells['float_latency_ms']:.2f} ms)"
+    return _interval("latency_ratio", ".2f")(cells)
 
 
 def publish(boards: list[Table], folder: Path, *, title: str, description: str = "") -> Path:
@@ -66,7 +73,7 @@ def publish(boards: list[Table], folder: Path, *, title: str, description: str =
 
 def render(boards: list[Table], *, title: str, description: str = "") -> str:
     """The whole page."""
-    parts = [f"# {title}", description, *(section(board) for board in boards), _legend()]
+    parts = [f"# {title}", description, *(section(board) for board in boards), _origin(boards), _LEGEND]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -137,28 +144,39 @@ def _absent(rows: list[Row], shown: set[str]) -> list[str]:
 
 
 def _provenance(rows: list[Row]) -> str:
+    """What all rows have in common."""
     results = [r for row in rows for r in row.results]
     first = next((r for r in results if r.status == "ok"), results[0])
     (dataset, _, data_hash), (model, _, weights) = first.identity["dataset"], first.identity["model"]
     images, seed, manifest = first.identity["calibration"]
-    made = sorted(r.started for r in results)
-    machines = sorted({_machine(r) for r in results if r.status == "ok"})
-    versions = sorted({_versions(r) for r in results if r.status == "ok"})
     scored = first.scoring.get("images")
-    return "  \n".join(
-        [
-            f"model {model}, weights `{weights}`; data {dataset} `{data_hash}`, {scored} images scored; "
-            f"calibration: {images} images, seed {seed}, manifest `{manifest}`",
-            *(f"machine: {text}" for text in machines),
-            *(f"software: {text}" for text in versions),
-            f"measured {made[0][:10]}" + (f" to {made[-1][:10]}" if made[-1][:10] != made[0][:10] else ""),
-        ]
+    unreadable = len(first.scoring.get("unreadable", []))
+    skipped = f" ({unreadable} unreadable ones skipped)" if unreadable else ""
+    return (
+        f"model {model}, weights `{weights}`; data {dataset} `{data_hash}`, {scored} images scored{skipped}; "
+        f"calibration: {images} images, seed {seed}, manifest `{manifest}`"
     )
+
+
+def _origin(boards: list[Table]) -> str:
+    """Machines, software and days of all results."""
+    results = [r for board in boards for row in board.rows for r in row.results]
+    made = sorted(r.started[:10] for r in results)
+    lines = sorted({f"machine: {_machine(r)}" for r in results if r.status == "ok"})
+    lines += sorted({f"software: {_versions(r)}" for r in results if r.status == "ok"})
+    days = f"measured {made[0]}" + (f" to {made[-1]}" if made[-1] != made[0] else "") if made else "nothing measured"
+    return "  \n".join([*lines, days])
 
 
 def _machine(result: Result) -> str:
     p = result.provenance
-    return ", ".join(str(p[key]) for key in ("cpu", "cores", "gpu") if p.get(key))
+    parts = [
+        p.get("cpu"),
+        f"{p['cores']} cores" if "cores" in p else None,
+        " ".join(p.get("cpu_flags", [])),
+        p.get("gpu"),
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _versions(result: Result) -> str:
@@ -166,13 +184,12 @@ def _versions(result: Result) -> str:
     return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
-def _legend() -> str:
-    return (
-        "Every row was scored on its packed file, loaded back. Bits are averages over what was quantized, size is that "
-        "of the file, coverage the share of weights and of multiply-accumulates that were quantized. Δ is paired over "
-        "the same images; rows with the same rank cannot be told apart at 95 %. Latency is that of integer kernels in a "
-        "real runtime, interleaved with the float network of the same runtime; below 1 is faster than float."
-    )
+_LEGEND = (
+    "Every row was scored on its packed file, loaded back. Bits are averages over what was quantized, size is that of "
+    "the file, coverage the share of weights and of multiply-accumulates that were quantized. Δ is paired over the "
+    "same images. The rank is one more than the number of recipes that are significantly better, at 95 %. Latency is "
+    "that of integer kernels in a real runtime, interleaved with the float network of the same runtime."
+)
 
 
 def frame(boards: Iterable[Table]) -> pd.DataFrame:

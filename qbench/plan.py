@@ -55,8 +55,10 @@ def make(suite: Suite, source: Source, plugins: list[str], only: str | None = No
         _, manifest = datasets.draw(
             dataset, task.calibration.images, task.calibration.seed, source.where(("tasks", i, "calibration")) + ": "
         )
-        for model in models:
-            spec = model()
+        specs = [model() for model in models]
+        names = [spec.name for spec in specs]
+        for model, spec in zip(models, specs, strict=True):
+            title = spec.name if names.count(spec.name) == 1 else ""
             if spec.task != dataset.task:
                 where = source.where(("tasks", i, "models"))
                 raise UserError(f"{where}: {model} is for {spec.task}, but {dataset_reference} is for {dataset.task}")
@@ -66,7 +68,15 @@ def make(suite: Suite, source: Source, plugins: list[str], only: str | None = No
             reference = (registry.resolve("method", "fp32"),)
             for recipe, seed in [(reference, suite.seeds[0]), *cells]:
                 run = Run(
-                    dataset_reference, dataset.fingerprint, model, weights, recipe, seed, calibration, manifest.hash
+                    dataset_reference,
+                    dataset.fingerprint,
+                    model,
+                    weights,
+                    recipe,
+                    seed,
+                    calibration,
+                    manifest.hash,
+                    title,
                 )
                 if not run.is_reference or seed == suite.seeds[0]:
                     runs[run.key], tasks[run.key] = run, dataset.task

@@ -24,16 +24,16 @@ def headline(result: Result) -> str:
 class Plain:
     """One line for each run that ends: for logs and pipes."""
 
-    def begin(self, total: int) -> None:
-        self.total, self.start = total, time.monotonic()
+    def begin(self, jobs: int) -> None:
+        self.jobs, self.start = jobs, time.monotonic()
 
     def event(self, run: Run, event: dict[str, Any]) -> None:
         pass
 
-    def finished(self, run: Run, result: Result, left: int) -> None:
-        done = self.total - left
-        took = sum(result.seconds.values())
-        self.message(f"[{done}/{self.total}] {run.label}: {headline(result)} ({took:.1f} s{self._eta(done, left)})")
+    def finished(self, run: Run, result: Result, what: str, seconds: float, left: int) -> None:
+        done = self.jobs - left
+        eta = self._eta(done, left)
+        self.message(f"[{done}/{self.jobs}] {run.label}: {what}: {headline(result)} ({seconds:.1f} s{eta})")
 
     def _eta(self, done: int, left: int) -> str:
         return f", about {duration((time.monotonic() - self.start) / done * left)} left" if left and done else ""
@@ -48,17 +48,18 @@ class Plain:
 class Json:
     """One JSON object a line, for programs."""
 
-    def begin(self, total: int) -> None:
-        self._print({"event": "begin", "runs": total})
+    def begin(self, jobs: int) -> None:
+        self._print({"event": "begin", "jobs": jobs})
 
     def event(self, run: Run, event: dict[str, Any]) -> None:
         self._print(
             {"event": "progress", "key": run.key, **{k: v for k, v in event.items() if k not in ("event", "id")}}
         )
 
-    def finished(self, run: Run, result: Result, left: int) -> None:
-        fields = {"key": run.key, "label": run.label, "status": result.status, "phase": result.phase}
-        self._print({"event": "finished", **fields, "error": result.error, "left": left})
+    def finished(self, run: Run, result: Result, what: str, seconds: float, left: int) -> None:
+        fields = {"key": run.key, "label": run.label, "what": what, "seconds": seconds, "left": left}
+        state = {"status": result.status, "phase": result.phase, "error": result.error}
+        self._print({"event": "finished", **fields, **state})
 
     def message(self, text: str) -> None:
         self._print({"event": "message", "text": text})
@@ -78,10 +79,10 @@ class Live(Plain):
         self._display = Progress(*columns, TextColumn("[dim]{task.fields[note]}"), console=console, transient=True)
         self._runs: dict[str, TaskID] = {}
 
-    def begin(self, total: int) -> None:
-        super().begin(total)
+    def begin(self, jobs: int) -> None:
+        super().begin(jobs)
         self._display.start()
-        self._suite = self._display.add_task("[bold]suite", total=total, note="")
+        self._suite = self._display.add_task("[bold]suite", total=jobs, note="")
 
     def event(self, run: Run, event: dict[str, Any]) -> None:
         if run.key not in self._runs:
@@ -95,15 +96,12 @@ class Live(Plain):
             **({"note": note} if note else {}),
         )
 
-    def finished(self, run: Run, result: Result, left: int) -> None:
+    def finished(self, run: Run, result: Result, what: str, seconds: float, left: int) -> None:
         if run.key in self._runs:
             self._display.remove_task(self._runs.pop(run.key))
-        super().finished(run, result, left)
-        self._display.update(
-            self._suite, completed=self.total - left, note=self._eta(self.total - left, left).strip(", ")
-        )
-        if not left:
-            self.close()
+        super().finished(run, result, what, seconds, left)
+        done = self.jobs - left
+        self._display.update(self._suite, completed=done, note=self._eta(done, left).strip(", "))
 
     def message(self, text: str) -> None:
         self._display.console.print(text, markup=False, highlight=False)

@@ -81,13 +81,13 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Reference:
-    """A plugin with its options filled in; prints as `name[option=value]`, showing what differs from the defaults."""
+    """A plugin with its options filled in; prints as `name[option=value]`, showing the options that were written."""
 
     kind: Kind
     name: str
     options: Mapping[str, Any]
     shown: Mapping[str, Any]
-    """The options that differ from their defaults."""
+    """The options that were written, whether or not they equal the defaults."""
 
     def __str__(self) -> str:
         if not self.shown:
@@ -232,6 +232,8 @@ def _scalar(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_scalar, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_scalar(item)}' for key, item in value.items())}}}"
     return str(value)
 
 
@@ -285,13 +287,7 @@ def resolve(kind: Kind, name: str, options: Mapping[str, Any] | None = None, whe
     except ValidationError as error:
         raise UserError(_explain(plugin, error, where)) from None
     values = filled.model_dump(mode="json")
-    defaults = {key: info.default for key, info in plugin.schema.model_fields.items()}
-    shown = {key: value for key, value in values.items() if _differs(value, defaults[key])}
-    return Reference(kind, name, values, shown)
-
-
-def _differs(value: Any, default: Any) -> bool:
-    return value != (list(default) if isinstance(default, tuple) else default)
+    return Reference(kind, name, values, {key: values[key] for key in options or {}})
 
 
 def _explain(plugin: Plugin, error: ValidationError, where: str) -> str:

@@ -35,11 +35,13 @@ class Run:
     """How many images, and the seed they are drawn with."""
     manifest: str
     """Hash of the calibration images' ids."""
+    title: str = ""
+    """What boards call the model; its reference unless the plugin names it."""
 
     @property
     def label(self) -> str:
         """What a person calls it."""
-        return f"{self.dataset}/{self.model}/{recipe_label(self.recipe)}/seed={self.seed}"
+        return f"{self.dataset}/{self.title or self.model}/{recipe_label(self.recipe)}/seed={self.seed}"
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -90,7 +92,16 @@ def restore(identity: Mapping[str, Any]) -> Run:
     )
 
 
-_ENGINE = ("data.py", "score.py", "worker.py", "quant/*.py", "datasets/*.py", "models/base.py", "metrics/*.py")
+_ENGINE = (
+    "data.py",
+    "score.py",
+    "worker.py",
+    "quant/*.py",
+    "datasets/*.py",
+    "models/base.py",
+    "metrics/*.py",
+    "runtimes/*.py",
+)
 
 
 @functools.cache

@@ -72,9 +72,9 @@ def _again(result: Result, redo: Redo | None) -> bool:
 class Reporter(Protocol):
     """Who is told what happens."""
 
-    def begin(self, total: int) -> None: ...
+    def begin(self, jobs: int) -> None: ...
     def event(self, run: Run, event: dict[str, Any]) -> None: ...
-    def finished(self, run: Run, result: Result, left: int) -> None: ...
+    def finished(self, run: Run, result: Result, what: str, seconds: float, left: int) -> None: ...
     def message(self, text: str) -> None: ...
 
 
@@ -89,6 +89,11 @@ class _Work:
     metric: str = ""
     began: float = field(default_factory=time.monotonic)
 
+    @property
+    def title(self) -> str:
+        """What is being done, for the display."""
+        return "scored" if self.quantize else ", ".join(m.name for m in self.metrics)
+
 
 class Runner:
     """Executes the outstanding runs of a plan."""
@@ -101,8 +106,6 @@ class Runner:
 
     def execute(self, todo: list[Todo]) -> None:
         """Do the work until none is left. KeyboardInterrupt kills what runs; the results on disk stay whole."""
-        self.reporter.begin(len(todo))
-        self.left = len(todo)
         shared: deque[_Work] = deque()
         alone: deque[_Work] = deque()
         for item in todo:
@@ -111,15 +114,16 @@ class Runner:
                 shared.append(_Work(item, together, item.quantize))
             if exclusively:
                 alone.append(_Work(item, exclusively, False))
-        waiting = {work.todo.run.key for work in alone}
+        self.left = len(shared) + len(alone)
+        self.reporter.begin(self.left)
         with Pool() as pool:
-            self._lane(pool, shared, self.jobs, waiting)
+            self._lane(pool, shared, self.jobs)
             if alone:
                 with exclusive(lambda holder: self.reporter.message(f"waiting for the machine: {holder}")):
-                    self._lane(pool, alone, 1, set())
+                    self._lane(pool, alone, 1)
 
-    def _lane(self, pool: Pool, queue: deque[_Work], jobs: int, waiting: set[str]) -> None:
-        """Work through a queue, `jobs` at a time. Runs in `waiting` are not finished by it."""
+    def _lane(self, pool: Pool, queue: deque[_Work], jobs: int) -> None:
+        """Work through a queue, `jobs` at a time."""
         running: dict[str, _Work] = {}
         while queue or running:
             while queue and len(running) < jobs:
@@ -127,8 +131,7 @@ class Runner:
                 key = work.todo.run.key
                 result = self.store.read(key)
                 if not work.quantize and (result is None or result.status != "ok"):
-                    if result is not None:
-                        self._finish(work, result)
+                    self.left -= 1  # a run that failed has been told of, and has nothing to measure
                     continue
                 running[key] = work
                 self._submit(pool, work, jobs)
@@ -138,10 +141,11 @@ class Runner:
                     again = self._ended(work, event)
                     if again is not None:
                         queue.appendleft(again)
-                    elif event.id not in waiting:
-                        result = self.store.read(event.id)
-                        if result is not None:
-                            self._finish(work, result)
+                        continue
+                    result = self.store.read(event.id)
+                    assert result is not None
+                    self.left -= 1
+                    self.reporter.finished(work.todo.run, result, work.title, time.monotonic() - work.began, self.left)
                 elif event["event"] == "progress":
                     work = running[event["id"]]
                     work.phase, work.metric = event.get("phase", work.phase), event.get("metric", work.metric)
@@ -157,18 +161,16 @@ class Runner:
             "id": run.key,
             "log": str(log),
             "identity": run.identity,
+            "label": run.label,
+            "recipe": recipe_label(run.recipe),
             "quantize": work.quantize,
-            "metrics": [[m.name, dict(m.options)] for m in work.metrics],
+            "metrics": {str(m): [m.name, dict(m.options)] for m in work.metrics},
             "plugins": list(self.plan.plugins),
             "results": str(self.store.folder),
             "cache": str(self.cache),
             "threads": max(1, cores() // jobs),
         }
         pool.submit(job, seconds=self.plan.suite.limits.time, memory=self.memory)
-
-    def _finish(self, work: _Work, result: Result) -> None:
-        self.left -= 1
-        self.reporter.finished(work.todo.run, result, self.left)
 
     def _ended(self, work: _Work, ended: Ended) -> _Work | None:
         """Write down how it ended; returns what is left to do of it after a metric brought its process down."""

@@ -18,6 +18,8 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
+from qbench import registry
+
 _PR_SET_PDEATHSIG = 1
 _EVENTS = 3
 """File descriptor of the events, in the server and in the runs; standard output belongs to whoever prints."""
@@ -38,7 +40,7 @@ def main() -> None:
         os.set_blocking(descriptor, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    importlib.import_module("qbench.worker")
+    _warm_up()
     emit({"event": "ready"})
     jobs: dict[int, str] = {}
     selector = selectors.DefaultSelector()
@@ -60,6 +62,15 @@ def main() -> None:
             for line in lines:
                 job = json.loads(line)
                 jobs[_fork(job)] = job["id"]
+
+
+def _warm_up() -> None:
+    """Import what runs will need, the built-in plugins above all, so that no run spends seconds on importing."""
+    importlib.import_module("qbench.worker")
+    for kind in registry.KINDS:
+        for plugin in registry.index(kind).values():
+            if plugin.module is not None:
+                importlib.import_module(plugin.module)
 
 
 def _fork(job: dict[str, Any]) -> int:

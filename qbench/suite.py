@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from qbench import registry
 from qbench.errors import UserError
-from qbench.registry import Kind, Reference
+from qbench.registry import Kind, Loader, Reference
 
 _LARGEST = 1 << 20  # bytes; a suite is written by hand
 Place = tuple[str | int, ...]
@@ -78,15 +78,6 @@ class Suite(_Strict):
     """Runs at a time; None means one for every two cores."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 class Source:
     """A parsed YAML file that remembers on which line each value stands."""
 
@@ -104,7 +95,7 @@ class Source:
             text = self.path.read_text(encoding="utf-8")
             if "\0" in text:
                 raise UserError(f"{self.path} is a binary file, not a YAML suite")
-            node = yaml.compose(text, Loader=_Loader)
+            node = yaml.compose(text, Loader=Loader)
         except UnicodeDecodeError:
             raise UserError(f"{self.path} is a binary file, not a YAML suite") from None
         except OSError as error:
@@ -136,7 +127,7 @@ class Source:
 
     @staticmethod
     def _scalar(node: yaml.Node) -> Any:
-        loader = _Loader("")
+        loader = Loader("")
         try:
             return loader.construct_object(node, deep=True)
         finally:
@@ -178,7 +169,7 @@ class Source:
                 )
         last = place[-1]
         if isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target)):
-            target[last] = yaml.load(value, Loader=_Loader)  # type: ignore[index]
+            target[last] = yaml.load(value, Loader=Loader)  # type: ignore[index]
             line = self.lines[self._known(tuple(place))]
             self.lines.update(
                 {tuple(place[:i]): line for i in range(1, len(place)) if tuple(place[:i]) not in self.lines}

@@ -27,7 +27,7 @@ from qbench.quant import activations, packing
 from qbench.quant.layers import encodings
 from qbench.quant.packing import Origin, Sizes
 from qbench.registry import Reference
-from qbench.run import Measurement, Phase, Result, Run, Status, engine, recipe_label, restore
+from qbench.run import Measurement, Phase, Result, Run, Status, engine, restore
 from qbench.score import agree, score
 from qbench.store import Store
 from qbench.workspace import Workspace, differences, images_used
@@ -45,7 +45,9 @@ def work(job: dict[str, Any], emit: Emit) -> None:
     worker = Worker(job, emit)
     if job["quantize"]:
         worker.quantize_and_score()
-    worker.measure([registry.resolve("metric", name, options) for name, options in job["metrics"]])
+    else:
+        worker.resume()
+    worker.measure({key: registry.resolve("metric", *metric) for key, metric in job["metrics"].items()})
 
 
 class Worker:
@@ -63,9 +65,9 @@ class Worker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.result = Result(
             key=job["id"],
-            label=self.run.label,
+            label=job["label"],
             identity=self.run.identity,
-            recipe=recipe_label(self.run.recipe),
+            recipe=job["recipe"],
             status="ok",
             phase="start",
             started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -175,20 +177,21 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------- metrics
 
-    def measure(self, metrics: list[Reference]) -> None:
+    def resume(self) -> None:
+        """Take up a run that was scored by another process."""
+        known = self.store.read(self.result.key)
+        assert known is not None, "the runner measures only what was scored"
+        self.result, self.outcomes = known, self.store.outcomes(known.key)
+
+    def measure(self, metrics: dict[str, Reference]) -> None:
         """Measure, and write the result after each metric, so that a crash in one keeps the others."""
-        if not self.result.artifact:
-            known = self.store.read(self.result.key)
-            if known is None:
-                return
-            self.result, self.outcomes = known, self.store.outcomes(self.result.key)
         if self.result.status != "ok":
             return
         finished: Finished | None = None
-        for reference in metrics:
-            self.emit(phase="measure", metric=str(reference))
+        for key, reference in metrics.items():
+            self.emit(phase="measure", metric=key)
             finished = finished or self._finished()
-            self.result.metrics[str(reference)] = self._measurement(reference, finished)
+            self.result.metrics[key] = self._measurement(reference, finished)
             self.result.phase = "done"
             self.store.write(self.result)
 

@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# The test machine may be busy: with more threads than free cores, small networks are ten times slower.
+torch.set_num_threads(1)
 
 
 def _shared() -> Path:

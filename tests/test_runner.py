@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import dedent
 
 import psutil
 import pytest
@@ -15,16 +16,6 @@ from qbench.run import Result
 from qbench.store import Store
 
 PLUGINS = Path(__file__).parent / "plugins"
-SUITE = f"""
-plugins: ["{PLUGINS / "bad.py"}"]
-tasks:
-  - dataset: digits
-    models: [digits_resnet]
-    calibration: {{images: 16}}
-recipes: [{{recipes}}]
-metrics: [{{metrics}}]
-limits: {{time: {{time}}, memory: 1.5GB}}
-"""
 
 
 def qbench(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,10 +29,18 @@ def qbench(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     )
 
 
-def suite(folder: Path, recipes: str, metrics: str = "top1", time: float = 60) -> Path:
-    path = folder / "s.yaml"
-    path.write_text(SUITE.replace("{{", "{").replace("}}", "}").format(recipes=recipes, metrics=metrics, time=time))
-    return path
+def suite(folder: Path, recipes: str, metrics: str = "top1", time: float = 60) -> None:
+    text = f"""
+        plugins: ["{PLUGINS / "bad.py"}"]
+        tasks:
+          - dataset: digits
+            models: [digits_resnet]
+            calibration: {{images: 16}}
+        recipes: [{recipes}]
+        metrics: [{metrics}]
+        limits: {{time: {time}, memory: 1.5GB}}
+    """
+    (folder / "s.yaml").write_text(dedent(text))
 
 
 def results(folder: Path) -> dict[str, Result]:
@@ -112,12 +111,12 @@ def test_killed_parent_loses_only_what_was_in_flight(tmp_path: Path) -> None:
     wait_until(lambda: all(gone(child.pid) for child in children))
     wait_until(lambda: all(gone(int(pid)) for pid in pids.read_text().split()))
     before = results(tmp_path)
-    assert set(before) == {"fp32", "rtn"}
+    assert set(before) == {"fp32", "rtn[bits=8]"}
     again = qbench(tmp_path, "run", "s.yaml", "--set", "limits.time=3", QBENCH_TEST_PIDS=str(pids))
     after = results(tmp_path)
     assert {name: r.status for name, r in after.items()} == {
         "fp32": "ok",
-        "rtn": "ok",
+        "rtn[bits=8]": "ok",
         "hangs": "timeout",
         "rtn[bits=4]": "ok",
     }, again.stdout + again.stderr

@@ -38,12 +38,12 @@ def test_sweeps_and_reference(tmp_path: Path) -> None:
     labels = [run.label.removeprefix("digits/digits_resnet/") for run in made.runs]
     assert labels == [
         "fp32/seed=0",
-        "rtn/seed=0",
-        "rtn/seed=1",
+        "rtn[bits=8]/seed=0",
+        "rtn[bits=8]/seed=1",
         "rtn[bits=4]/seed=0",
         "rtn[bits=4]/seed=1",
-        "fold_bn + gpfq + activations/seed=0",
-        "fold_bn + gpfq + activations/seed=1",
+        "fold_bn + gpfq[bits=4] + activations/seed=0",
+        "fold_bn + gpfq[bits=4] + activations/seed=1",
     ]
     assert len({run.key for run in made.runs}) == len(made.runs)
 
@@ -62,7 +62,7 @@ def test_whatever_matters_changes_the_key(tmp_path: Path, change: str) -> None:
 
 
 def test_filter_keeps_the_reference(tmp_path: Path) -> None:
-    assert [run.recipe[0].name for run in plan(write(tmp_path, GOOD), only="bits=4").runs] == ["fp32", "rtn"]
+    assert [run.recipe[0].name for run in plan(write(tmp_path, GOOD), only="rtn[bits=4").runs] == ["fp32", "rtn"]
 
 
 def test_filter_that_matches_nothing(tmp_path: Path) -> None:

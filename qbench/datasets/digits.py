@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from qbench.datasets.base import Dataset, Split
@@ -31,8 +32,6 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
 

@@ -69,6 +69,8 @@ class Model:
     preprocess: Preprocess
     loss: Callable[[Any, Any], Tensor] = cross_entropy
     """`(outputs, targets) -> scalar`; detection targets are a list of `Boxes` in pixels of the network's input."""
+    name: str = ""
+    """What boards call it; empty for the plugin's reference."""
     decode: Callable[[Any], list[Detections]] | None = None
     """Detection: raw outputs of a batch to detections per image."""
 

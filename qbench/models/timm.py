@@ -67,7 +67,7 @@ def timm_model(
     }
     build = functools.partial(_create, name, args or {})
     weights = _weights(name, args or {}, pretrained, checkpoint, random)
-    return Model("classification", build, weights, _preprocess(name, args or {}, given))
+    return Model("classification", build, weights, _preprocess(name, args or {}, given), name=name)
 
 
 def _create(name: str, args: Mapping[str, Any], pretrained: bool = False) -> nn.Module:

@@ -40,7 +40,9 @@ class StaticQuantizer(nn.Module):
         return {"bits": self.bits, "symmetric": self.symmetric}
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+        # Many times faster on a CPU than torch's own operator, which takes one number at a time.
+        codes = (x * self.scale.reciprocal()).round_()
+        return codes.clamp_(self.low - self.zero_point, self.high - self.zero_point).mul_(self.scale)
 
 
 class DynamicQuantizer(nn.Module):
@@ -80,7 +82,7 @@ def quantize_input(layer: nn.Module, quantizer: nn.Module) -> None:
     """Attach a quantizer to the input of a layer, in place of the one it has."""
     if not hasattr(layer, _NAME):
         layer.register_forward_pre_hook(_quantize)
-    layer.add_module(_NAME, quantizer)
+    layer.add_module(_NAME, quantizer.train(layer.training))
 
 
 def input_quantizer(layer: nn.Module) -> nn.Module | None:
