@@ -88,7 +88,7 @@ def gpfq(
         rows = None if oversample is None else max(_LEAST_ROWS, oversample * weight.shape[-1])
         sums = stop.grams(Sampling(patch_stride, rows, retain, seed=data.seed + stop.index))
         book = alphabets.build(weight.flatten(0, 1), chosen[stop.name])
-        indices = follow_path(weight, sums.H, sums.G, book, act_order=act_order)
+        indices = follow_path(weight, sums.H.float(), sums.G.float(), book, act_order=act_order)
         encode(stop.layer, book.encoding(indices.reshape(weight_of(stop.layer).shape)))
         quantized = grouped_weight(stop.layer)
         errors[stop.name] = _relative_error(weight, quantized, sums)

@@ -168,7 +168,7 @@ def grams(
 ) -> Grams:
     """The Gram matrices of a layer's inputs in the quantized and in the float network.
 
-    Products are float32 (float64 for float64 inputs), sums over batches float64.
+    Products are float32 (float64 for float64 inputs), sums of several float64.
 
     Args:
         layer: convolution or linear layer.
@@ -208,11 +208,20 @@ class _Sums:
         self.groups = groups_of(layer)
         self.d = grouped_weight(layer).shape[-1]
         self.inner = layer.weight.dim() - 1 if isinstance(layer, CONVOLUTIONS) else 1
-        self.H = torch.zeros(self.groups, self.d, self.d, dtype=torch.float64, device=device)
-        self.G = self.H if same else torch.zeros_like(self.H)
-        self.F = None if not for_errors else self.H if same else torch.zeros_like(self.H)
         self.sums = torch.zeros(2, self.groups, self.d, dtype=torch.float64, device=device)
         self.rows = 0
+
+    def _begin(self, rows: Tensor) -> None:
+        """Memory for sums; it is written by the first product, what is above the diagonal of G perhaps never."""
+        self.H = rows.new_empty(self.groups, self.d, self.d)
+        self.G = self.H if self.same else torch.empty_like(self.H)
+        self.F = None if not self.for_errors else self.H if self.same else torch.empty_like(self.H)
+
+    def _widen(self) -> None:
+        """Following a path in a single product needs no float64; a sum of several does, and so do errors."""
+        self.H = self.H.double()
+        self.G = self.H if self.same else self.G.double()
+        self.F = None if self.F is None else self.H if self.same else self.F.double()
 
     def add(self, xt: Tensor, x: Tensor, sampling: Sampling, share: float, generator: torch.Generator) -> None:
         views = [windows(self.layer, value, sampling.stride) for value in ((xt,) if self.same else (xt, x))]
@@ -236,21 +245,30 @@ class _Sums:
         return rows if rows.dtype == torch.float64 else rows.float()
 
     def _multiply(self, xt: Tensor, x: Tensor) -> None:
-        self.rows += len(xt)
+        if self.rows == 0:
+            self._begin(xt)
+        elif self.H.dtype != torch.float64:
+            self._widen()
+        begun, self.rows = self.rows > 0, self.rows + len(xt)
         if self.for_errors:
             ones = xt.new_ones(len(xt))
             for total, rows in zip(self.sums, (xt, x), strict=True):
                 total += (ones @ rows.flatten(1)).view_as(total)
         xt, x = xt.movedim(1, 0), x.movedim(1, 0)
-        _add_lower(self.H, xt, xt)
+        _add_lower(self.H, xt, xt, first_time=not begun)
         if not self.same:
             if self.F is None:
-                _add_lower(self.G, xt, x)
+                _add_lower(self.G, xt, x, first_time=not begun)
             else:
-                self.G += xt.mT @ x
-                _add_lower(self.F, x, x)
+                if begun:
+                    self.G += xt.mT @ x
+                else:
+                    self.G.copy_(xt.mT @ x)
+                _add_lower(self.F, x, x, first_time=not begun)
 
     def finish(self) -> Grams:
+        if self.for_errors and self.H.dtype != torch.float64:
+            self._widen()  # differences of large numbers are to come
         for square in (self.H, None if self.same else self.F):
             if square is not None:
                 _mirror(square)
@@ -265,8 +283,12 @@ def _mirror(square: Tensor) -> None:
         square[:, first:last, last:] = square[:, last:, first:last].mT
 
 
-def _add_lower(square: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left'right on and below the diagonal (and in the blocks on it)."""
+def _add_lower(square: Tensor, left: Tensor, right: Tensor, *, first_time: bool) -> None:
+    """Add left'right on and below the diagonal (and in the blocks on it); the first time, put it there."""
     for first in range(0, left.shape[-1], _COLUMNS):
         last = min(first + _COLUMNS, left.shape[-1])
-        square[:, first:last, :last] += left[..., first:last].mT @ right[..., :last]
+        product = left[..., first:last].mT @ right[..., :last]
+        if first_time:
+            square[:, first:last, :last] = product
+        else:
+            square[:, first:last, :last] += product
