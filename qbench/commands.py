@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from qbench import plan as planning
-from qbench import registry
+from qbench import preflight, registry
 from qbench.board import tables
 from qbench.cache import cache_dir
 from qbench.errors import UserError
@@ -50,15 +50,17 @@ def run(
     plan = _plan(suite, plugins, settings, only)
     store = Store(results / plan.suite.name)
     if dry_run:
-        _show_plan(plan, store, typing.cast("Redo | None", redo), as_json=as_json)
+        _show_plan(plan, store, redo, as_json=as_json)
         return 0
-    store.prepare()
+    store.check_writable()
+    report = reporter(as_json=as_json)
+    todo = _todo(plan, store, redo)
+    preflight.check((t.run for t in todo), cache_dir(), report.message)
+    store.folder.mkdir(parents=True, exist_ok=True)
     with locked(store):
-        report = reporter(as_json=as_json)
-        for line in store.set_aside_damaged():
+        for line in store.tidy():
             report.message(line)
-        known, _ = store.read_all()
-        todo = outstanding(plan, known, cache_dir() / "artifacts", typing.cast("Redo | None", redo))
+        todo = _todo(plan, store, redo)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             if todo:
@@ -70,6 +72,11 @@ def run(
         finally:
             report.close()
         return _conclude(plan, store, done=len(todo), as_json=as_json)
+
+
+def _todo(plan: Plan, store: Store, redo: str | None) -> list[Todo]:
+    known, _ = store.read_all()
+    return outstanding(plan, known, cache_dir() / "artifacts", typing.cast("Redo | None", redo))
 
 
 def _conclude(plan: Plan, store: Store, *, done: int, as_json: bool) -> int:
@@ -89,9 +96,9 @@ def _conclude(plan: Plan, store: Store, *, done: int, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-def _show_plan(plan: Plan, store: Store, redo: Redo | None, *, as_json: bool) -> None:
+def _show_plan(plan: Plan, store: Store, redo: str | None, *, as_json: bool) -> None:
     known, damaged = store.read_all()
-    todo = {t.run.key: t for t in outstanding(plan, known, cache_dir() / "artifacts", redo)}
+    todo = {t.run.key: t for t in _todo(plan, store, redo)}
     estimate = _estimate(todo.values(), known)
     if as_json:
         runs = [{"key": r.key, "label": r.label, "todo": _what(todo.get(r.key))} for r in plan.runs]

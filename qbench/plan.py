@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from qbench import registry
 from qbench.datasets import base as datasets
+from qbench.datasets.base import Dataset
 from qbench.errors import UserError
+from qbench.models.base import Model
 from qbench.registry import Reference
 from qbench.run import Run
 from qbench.suite import Recipe, Source, Suite, Task, recipes, references
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,11 @@ def make(suite: Suite, source: Source, plugins: list[str], only: str | None = No
     runs: dict[str, Run] = {}
     tasks: dict[str, str] = {}
     for i, (task, (dataset_reference, models, task_recipes)) in enumerate(zip(suite.tasks, parsed, strict=True)):
-        dataset = dataset_reference()
+        dataset = _made(dataset_reference, Dataset)
         _, manifest = datasets.draw(
             dataset, task.calibration.images, task.calibration.seed, source.where(("tasks", i, "calibration")) + ": "
         )
-        specs = [model() for model in models]
+        specs = [_made(model, Model) for model in models]
         names = [spec.name for spec in specs]
         for model, spec in zip(models, specs, strict=True):
             title = spec.name if names.count(spec.name) == 1 else ""
@@ -83,6 +88,19 @@ def make(suite: Suite, source: Source, plugins: list[str], only: str | None = No
     chosen = _select(list(runs.values()), only)
     files = [str((source.path.parent / p).resolve()) for p in suite.plugins] + [str(Path(p).resolve()) for p in plugins]
     return Plan(suite, tuple(chosen), tuple(metrics), tuple(files), tasks)
+
+
+def _made(reference: Reference, kind: type[T]) -> T:
+    """What a dataset or model plugin returns.
+
+    Raises:
+        UserError: it is not what such a plugin must return.
+    """
+    made = reference()
+    if not isinstance(made, kind):
+        wanted = f"qbench.{kind.__name__}"
+        raise UserError(f"{reference.kind} {reference.name!r} returned {type(made).__name__}, not a {wanted}")
+    return made
 
 
 def _task(task: Task, i: int, suite: Suite, source: Source) -> tuple[Reference, list[Reference], list[Recipe]]:

@@ -31,19 +31,26 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def prepare(self) -> None:
-        """Make the folder, and remove what writers that were killed left behind.
+    def check_writable(self) -> None:
+        """Look whether the folder can be made and written to, without doing so.
 
         Raises:
-            UserError: it cannot be written to.
+            UserError: it cannot.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".probe.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"results folder {self.folder} is not writable ({error.strerror}); use --results") from None
+        nearest = self.folder
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"results folder {self.folder} is not writable (because of {nearest}); use --results")
+
+    def tidy(self) -> list[str]:
+        """Remove what writers that were killed left behind, and set damaged results aside; one line for each of these.
+
+        For the only writer: see `qbench.runner.locked`.
+        """
+        for partial in self.folder.glob(".*.*.[0-9]*"):
+            partial.unlink(missing_ok=True)
+        return self._set_aside_damaged()
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.json"
@@ -91,8 +98,8 @@ class Store:
                     results[path.stem] = result
         return results, damaged
 
-    def set_aside_damaged(self) -> list[str]:
-        """Rename damaged results to `*.damaged`, so that their runs are done again; one line for each."""
+    def _set_aside_damaged(self) -> list[str]:
+        """Rename damaged results to `*.damaged`, so that their runs are done again."""
         lines = []
         for path in sorted(self.folder.glob("*.json")):
             try:

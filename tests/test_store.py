@@ -54,7 +54,7 @@ def test_damaged_results_are_told_and_set_aside(tmp_path: Path, keep: int) -> No
     assert found == {}
     assert len(damaged) == 1
     assert "0123456789ab.json is damaged" in damaged[0]
-    assert len(store.set_aside_damaged()) == 1
+    assert len(store.tidy()) == 1
     assert store.read_all() == ({}, [])
     assert (tmp_path / "0123456789ab.json.damaged").exists()
 
@@ -63,12 +63,12 @@ def test_results_without_their_outcomes_are_set_aside(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.write(result(), {"correct": np.array([True])})
     store.outcomes_path("0123456789ab").write_bytes(b"half")
-    assert len(store.set_aside_damaged()) == 1
+    assert len(store.tidy()) == 1
 
 
 def test_find_by_the_beginning_of_a_key(tmp_path: Path) -> None:
     store = Store(tmp_path / "suite")
-    store.prepare()
+    store.folder.mkdir()
     store.write(result("aaaaaaaaaaaa"))
     store.write(result("aaaabbbbbbbb"))
     assert find(tmp_path, "aaaab")[1] == "aaaabbbbbbbb"
@@ -76,3 +76,19 @@ def test_find_by_the_beginning_of_a_key(tmp_path: Path) -> None:
         find(tmp_path, "aaaa")
     with pytest.raises(UserError, match="matches no result"):
         find(tmp_path, "f")
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(result(), {"correct": np.array([True])})
+    (tmp_path / ".0123456789ab.json.4711").write_text("ha")
+    store.tidy()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0123456789ab.json", "0123456789ab.npz"]
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not writable"):
+        Store(tmp_path / "file" / "suite").check_writable()
+    Store(tmp_path / "new" / "suite").check_writable()
+    assert not (tmp_path / "new").exists()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.datasets.base import Task
+from qbench.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ class Model:
         from qbench.models.checkpoints import fill
 
         module = self.build()
-        fill(module, self.weights.load())
+        if not isinstance(module, nn.Module):
+            raise UserError(f"the model plugin builds a {type(module).__name__}, not a torch.nn.Module")
+        fill(module, self.weights.load(), str(self.weights))
         return module.eval()
 
 

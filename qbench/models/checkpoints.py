@@ -21,6 +21,9 @@ class Checkpoint:
 
     path: str
 
+    def __str__(self) -> str:
+        return f"checkpoint {self.path}"
+
     def find(self) -> Path:
         """
         Raises:
@@ -47,7 +50,7 @@ class Checkpoint:
             raise UserError(f"{path} is not a complete safetensors file ({error}); fetch it again") from error
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def fill(module: nn.Module, state: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
     """Load the state dict, strictly.
 
     Raises:
@@ -68,5 +71,5 @@ def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         if keys
     ]
     if problems:
-        raise UserError(f"the checkpoint does not fit {type(module).__name__}: {'; '.join(problems)}")
+        raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(dict(state), strict=False)

@@ -40,9 +40,9 @@ def mobilenet_v1(
         std: of each channel of images in [0, 1].
     """
     preprocess = Preprocess((size, size), resize=resize or None, mean=tuple(mean), std=tuple(std))
-    return Model(
-        "classification", functools.partial(_build, width, classes, activation), Checkpoint(checkpoint), preprocess
-    )
+    build = functools.partial(_build, width, classes, activation)
+    name = f"mobilenetv1_{round(100 * width):03d}"
+    return Model("classification", build, Checkpoint(checkpoint), preprocess, name=name)
 
 
 def _build(width: float, classes: int, activation: str) -> nn.Module:
