@@ -9,7 +9,7 @@ from qbench.registry import dataset, method, metric, model, runtime
 if TYPE_CHECKING:
     from qbench.datasets.base import Boxes, Dataset, Split
     from qbench.models.base import Model, Preprocess
-    from qbench.quant.activations import quantize_input
+    from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
     from qbench.quant.encodings import Affine, Cast, Codebook, Rotated, Sum, VectorCodebook
     from qbench.quant.layers import encode, named_weight_layers, weight_layers
     from qbench.quant.packing import load
@@ -22,6 +22,8 @@ _LAZY = {
     "Split": "qbench.datasets.base",
     "Model": "qbench.models.base",
     "Preprocess": "qbench.models.base",
+    "DynamicQuantizer": "qbench.quant.activations",
+    "StaticQuantizer": "qbench.quant.activations",
     "quantize_input": "qbench.quant.activations",
     "Affine": "qbench.quant.encodings",
     "Cast": "qbench.quant.encodings",
@@ -42,10 +44,12 @@ __all__ = [
     "Cast",
     "Codebook",
     "Dataset",
+    "DynamicQuantizer",
     "Model",
     "Preprocess",
     "Rotated",
     "Split",
+    "StaticQuantizer",
     "Sum",
     "Unsupported",
     "UserError",
