@@ -13,7 +13,7 @@ from qbench.data import Data
 from qbench.errors import Unsupported
 from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, input_quantizer, quantize_input
 from qbench.quant.layers import select_layers
-from qbench.quant.observers import Histogram
+from qbench.quant.observers import Calibration, Histogram
 from qbench.registry import EdgeBits, method
 
 
@@ -25,8 +25,9 @@ def activations(
     bits: Annotated[int, Field(ge=2, le=16)] = 8,
     mode: Literal["static", "dynamic"] = "static",
     granularity: Literal["tensor", "token"] = "tensor",
-    calibration: Literal["minmax", "mse", "percentile"] = "minmax",
+    calibration: Calibration = "minmax",
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99,
+    power_of_two: bool = False,
     symmetric: bool = False,
     edge_bits: EdgeBits = None,
     skip: tuple[str, ...] = (),
@@ -43,8 +44,11 @@ def activations(
         bits: width of the codes.
         mode: `static` ranges are fixed; `dynamic` ones are the extremes of each image at run time.
         granularity: of dynamic ranges: one an image, or one a token in linear layers.
-        calibration: of static ranges: to the extremes, to the least squared error, or to a percentile.
+        calibration: of static ranges: to the extremes or their moving average over the batches (`ema`), to a
+            percentile, to the least squared error or error to the power of 2.4, to where a Laplace or Gauss
+            distribution is best clipped (ACIQ), or to the least divergence (as TensorRT, masked, as CFWS).
         percentile: cut off at either end of a static range, in percent.
+        power_of_two: every static scale is the power of two, near the calibrated one, with the least squared error.
         symmetric: signed codes with zero point 0, where there are negative values.
         edge_bits: bits of the inputs of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers whose input stays in float.
@@ -69,7 +73,13 @@ def activations(
         (layer, width), histogram = layers[name], histograms[name]
         signed = symmetric and histogram.low < 0
         if mode == "static":
-            scale, zero = histogram.grid(bits=width, symmetric=signed, calibration=calibration, percentile=percentile)
+            scale, zero = histogram.grid(
+                bits=width,
+                symmetric=signed,
+                calibration=calibration,
+                percentile=percentile,
+                power_of_two=power_of_two,
+            )
             quantize_input(layer, StaticQuantizer(width, signed, scale, zero))
         else:
             tokens = granularity == "token" and isinstance(layer, nn.Linear)

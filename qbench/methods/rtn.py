@@ -8,7 +8,7 @@ from torch import nn
 from qbench.data import Data
 from qbench.quant.encodings import Affine
 from qbench.quant.layers import encode, output_axis, select_layers, weight_of
-from qbench.quant.observers import search_weight
+from qbench.quant.observers import WeightCalibration, search_weight
 from qbench.registry import EdgeBits, method
 
 
@@ -21,8 +21,9 @@ def rtn(
     granularity: Literal["tensor", "channel", "group"] = "channel",
     group_size: Annotated[int, Field(ge=1)] = 128,
     symmetric: bool = True,
-    calibration: Literal["minmax", "mse", "percentile"] = "minmax",
+    calibration: WeightCalibration = "minmax",
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99,
+    power_of_two: bool = False,
     edge_bits: EdgeBits = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -35,8 +36,10 @@ def rtn(
         granularity: what shares a scale: a tensor, an output channel, or a group of its columns.
         group_size: columns in a group.
         symmetric: codes from -(2**(bits-1) - 1) to 2**(bits-1) - 1 about 0; otherwise 0 to 2**bits - 1, zero point.
-        calibration: how far the grid reaches: to the extremes, to the least squared error, or to a percentile.
+        calibration: how far the grid reaches: to the extremes, to a percentile, to the least squared error or error to
+            the power of 2.4, or to where a Laplace or Gauss distribution is best clipped (ACIQ).
         percentile: of the weights that share a scale, in percent.
+        power_of_two: every scale is the power of two, near the calibrated one, with the least squared error.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
@@ -50,6 +53,7 @@ def rtn(
             symmetric=symmetric,
             calibration=calibration,
             percentile=percentile,
+            power_of_two=power_of_two,
             axis=axis,
         )
         grouped = group_size if granularity == "group" else None

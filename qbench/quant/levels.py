@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from qbench.quant.encodings import Codebook, to_rows
-from qbench.quant.observers import levels_scale
 
 # The exponents of each term's nonzero values; a level takes one value, or 0, of every term.
 _APOT_TERMS = {
@@ -64,3 +63,27 @@ def nearest_scaled(
     levels = levels.to(weight.device)
     scale = levels_scale(rows.reshape(1, -1) if granularity == "tensor" else rows, levels)
     return Codebook.nearest(weight, levels, scale=scale, axis=axis)
+
+
+def levels_scale(points: Tensor, levels: Tensor, steps: int = 40) -> Tensor:
+    """The scale (R,) with which scaled `levels` come nearest to each row in squared error; 1 for rows of zeros.
+
+    Of `steps` scales from 0.1 to 1.5 times the row's largest magnitude over the largest level, each improved by the
+    least-squares scale of the codes it gives, the best.
+
+    Args:
+        points: (R, n).
+        levels: (K,) ascending.
+        steps: scales tried.
+    """
+    middles = (levels[1:] + levels[:-1]) / 2
+    largest = points.abs().amax(1) / levels.abs().amax()
+    best, found = torch.full_like(largest, -1), torch.ones_like(largest)
+    for factor in torch.linspace(0.1, 1.5, steps).tolist():
+        scale = (largest * factor).clamp(min=1e-30)
+        chosen = levels[torch.bucketize(points / scale[:, None], middles)]
+        dot, norm = (points * chosen).sum(1), chosen.square().sum(1)
+        gain = dot.square() / norm.clamp(min=1e-30)  # squared error = |points|^2 - gain
+        better = (gain > best) & (dot > 0)
+        best, found = torch.where(better, gain, best), torch.where(better, dot / norm, found)
+    return found

@@ -1,7 +1,9 @@
-"""Where the range of a uniform grid ends: min-max, percentile, or the least squared error, of weights and activations.
+"""Where the range of a uniform grid ends, for weights and for activations: one name for each calibration.
 
-Every search works on rows of points (R, n), all rows at once; a row is a tensor, a channel or a group of a weight, or
-the bins of a histogram of activations with their counts. Ranges always include 0. A row of zeros gets the scale 1.
+`minmax` is the extremes, `ema` their moving average over batches, `percentile` cuts a share off; `mse` has the least
+squared error, `mse24` the least error to the power of 2.4 (LAPQ, BRECQ, GPTQ). `aciq_laplace` and `aciq_gauss` clip
+where a distribution of that shape would be best clipped, `kl_tensorrt`, `kl_masked` and `kl_cfws` where the divergence
+from the quantized histogram is least.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qbench.quant.encodings import code_range, to_rows
+from qbench.quant.encodings import to_rows
+from qbench.quant.grids import fit
+from qbench.quant.thresholds import Distribution, Divergence, aciq_range, kl_bins, percentile_range
 
-Calibration = Literal["minmax", "mse", "percentile"]
+WeightCalibration = Literal["minmax", "percentile", "mse", "mse24", "aciq_laplace", "aciq_gauss"]
+Calibration = Literal[WeightCalibration, "ema", "kl_tensorrt", "kl_masked", "kl_cfws"]
 Granularity = Literal["tensor", "channel", "group"]
 
-_SHRINK = [1 - 0.01 * i for i in range(80)]  # the grid of LAPQ and BRECQ
-_EXACT_TOP = 7  # up to 4 bits the breakpoints are few enough to visit all of them
-_CHUNK = 1 << 24  # breakpoints in memory at a time
+_NORMS = {"mse": 2.0, "mse24": 2.4}
+_MOMENTUM = 0.9  # of the moving average of extremes
 
 
 def search_weight(
@@ -28,8 +32,9 @@ def search_weight(
     granularity: Granularity = "channel",
     group_size: int | None = None,
     symmetric: bool = True,
-    calibration: Calibration = "minmax",
+    calibration: WeightCalibration = "minmax",
     percentile: float = 99.99,
+    power_of_two: bool = False,
     axis: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Scale (R, G) and zero point (R, G; None if symmetric) of a weight, as `Affine.nearest` takes them.
@@ -42,6 +47,7 @@ def search_weight(
         symmetric: codes are symmetric about 0.
         calibration: how the range is chosen.
         percentile: share of a row's weights that the range holds, in percent.
+        power_of_two: move each scale to the power of two near it with the least squared error.
         axis: of the output channels.
     """
     rows = to_rows(weight.detach().float(), axis)
@@ -51,143 +57,33 @@ def search_weight(
     if granularity == "tensor":
         points = rows.reshape(1, -1)
     else:
-        # Points that repeat 0 change no range, and no error: 0 is on every grid. Only percentiles see them as NaN.
-        fill = float("nan") if calibration == "percentile" else 0.0
-        points = torch.nn.functional.pad(rows, (0, groups * size - d), value=fill).reshape(n * groups, size)
+        # Points that repeat 0 change no error: 0 is on every grid. Only statistics must not see them.
+        points = torch.nn.functional.pad(rows, (0, groups * size - d)).reshape(n * groups, size)
     if calibration == "percentile":
-        low, high = percentile_range(points, percentile, symmetric=symmetric)
+        low, high = percentile_range(_real(points, rows, groups, torch.nan), percentile, symmetric=symmetric)
+    elif calibration in ("aciq_laplace", "aciq_gauss"):
+        mass = _real(torch.ones_like(points), rows, groups, 0.0)
+        low, high = aciq_range(points, mass, bits=bits, symmetric=symmetric, distribution=_distribution(calibration))
     else:
         low, high = points.amin(1), points.amax(1)
-    scale, zero = fit(points, low, high, bits=bits, symmetric=symmetric, mse=calibration == "mse")
+    norm = _NORMS.get(calibration)
+    scale, zero = fit(points, low, high, bits=bits, symmetric=symmetric, norm=norm, power_of_two=power_of_two)
     shape = (1, 1) if granularity == "tensor" else (n, groups)
     return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
 
-def percentile_range(points: Tensor, percentile: float, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The range (R,), (R,) that holds that share of each row, in percent; NaN are not counted.
-
-    Symmetric ranges hold it of the magnitudes; others cut the same share off either tail.
-    """
-    ordered = (points.abs() if symmetric else points).sort(dim=1).values
-    count = (~ordered.isnan()).sum(1, keepdim=True)
-    last = ((count * (percentile / 100)).ceil().long() - 1).clamp(min=0)
-    high = ordered.gather(1, last).squeeze(1)
-    low = -high if symmetric else ordered.gather(1, count - 1 - last).squeeze(1)
-    return low, high
+def _real(points: Tensor, rows: Tensor, groups: int, otherwise: float) -> Tensor:
+    """The points (R, size), but `otherwise` where a ragged last group of `rows` (N, d) was padded."""
+    n, d = rows.shape
+    if points.numel() == rows.numel():
+        return points
+    filled = points.reshape(n, -1).clone()
+    filled[:, d:] = otherwise
+    return filled.reshape(n * groups, -1)
 
 
-def fit(
-    points: Tensor,
-    low: Tensor,
-    high: Tensor,
-    *,
-    bits: int,
-    symmetric: bool,
-    mse: bool = False,
-    mass: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Scale (R,) and zero point (R,) or None of the grid over [low, high], or of the best one inside it.
-
-    Args:
-        points: (R, n); only looked at to minimise the squared error.
-        low: (R,) least value of the range.
-        high: (R,) greatest value of the range.
-        bits: width of the codes; one symmetric bit has the codes -1 and 0.
-        symmetric: zero point 0 and narrow codes, -(2**(b-1) - 1) to 2**(b-1) - 1.
-        mse: shrink the range to where the squared error is least. Symmetric grids of up to 4 bits get the exact
-            minimum (`exact_step`) where memory allows; others the best of 80 shrunk ranges, then of each end.
-        mass: (R, n) how often each point occurs; None means once.
-    """
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if not mse:
-        return _grid(low, high, bits, symmetric)
-    top = code_range(bits, symmetric=True)[1]
-    if symmetric and mass is None and 1 <= top <= _EXACT_TOP and points.shape[1] * top <= _CHUNK:
-        return exact_step(points, top), None
-    ends = ("both",) if symmetric else ("both", "high", "low")
-    for moved in ends:
-        low, high = _shrink(points, mass, low, high, bits, symmetric, moved)
-    return _grid(low, high, bits, symmetric)
-
-
-def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    least, greatest = code_range(bits, symmetric=symmetric)
-    span = torch.maximum(-low, high) if symmetric else high - low
-    scale = span / (greatest or 1)
-    # Below this the reciprocal overflows: such rows are dead.
-    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
-    return scale, None if symmetric else (-low / scale).round().clamp(least, greatest)
-
-
-def _shrink(
-    points: Tensor, mass: Tensor | None, low: Tensor, high: Tensor, bits: int, symmetric: bool, moved: str
-) -> tuple[Tensor, Tensor]:
-    least, greatest = code_range(bits, symmetric=symmetric)
-    best = torch.full_like(low, torch.inf)
-    best_low, best_high = low, high
-    for factor in _SHRINK:
-        new_low = low * factor if moved != "high" else low
-        new_high = high * factor if moved != "low" else high
-        scale, zero = _grid(new_low, new_high, bits, symmetric)
-        step, offset = scale[:, None], 0 if zero is None else zero[:, None]
-        error = ((points / step).round_().add_(offset).clamp_(least, greatest).sub_(offset).mul_(step) - points) ** 2
-        total = (error if mass is None else error * mass).sum(1)
-        better = total < best
-        best = torch.where(better, total, best)
-        best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
-    return best_low, best_high
-
-
-def exact_step(points: Tensor, top: int) -> Tensor:
-    """The step (R,) with the least squared error of `step * clip(round(x / step), -top, top)`; 1 for rows of zeros.
-
-    The error is piecewise quadratic in the step; all its breakpoints |x| / (j - 1/2), j = 1..top, are visited in
-    descending order. O(n top log(n top)) a row (arXiv 2210.03671, where an alternating search may stop short).
-
-    Args:
-        points: (R, n).
-        top: largest code.
-    """
-    chunk = max(1, _CHUNK // (points.shape[1] * top))
-    return torch.cat([_exact_step(part, top) for part in points.split(chunk)])
-
-
-def _exact_step(points: Tensor, top: int) -> Tensor:
-    size = points.abs().double()
-    half = torch.arange(1, top + 1, device=points.device, dtype=torch.float64) - 0.5
-    breaks, order = (size[:, :, None] / half).flatten(1).sort(dim=1, descending=True)
-    # Passing breakpoint (i, j) raises code i from j - 1 to j. a: sum of |x| code, b: sum of code**2.
-    a = size.gather(1, order // top).cumsum(1)
-    b = (2 * half)[order % top].cumsum(1)
-    lower = torch.cat([breaks[:, 1:], torch.zeros_like(breaks[:, :1])], dim=1)
-    step = torch.minimum(torch.maximum(a / b, lower), breaks)
-    error = (step * b - 2 * a) * step
-    best = step.gather(1, error.argmin(1, keepdim=True)).squeeze(1)
-    return torch.where(best > 1e-30, best, torch.ones_like(best)).to(points.dtype)
-
-
-def levels_scale(points: Tensor, levels: Tensor, steps: int = 40) -> Tensor:
-    """The scale (R,) with which scaled `levels` come nearest to each row in squared error; 1 for rows of zeros.
-
-    Of `steps` scales from 0.1 to 1.5 times the row's largest magnitude over the largest level, each improved by the
-    least-squares scale of the codes it gives, the best.
-
-    Args:
-        points: (R, n).
-        levels: (K,) ascending.
-        steps: scales tried.
-    """
-    middles = (levels[1:] + levels[:-1]) / 2
-    largest = points.abs().amax(1) / levels.abs().amax()
-    best, found = torch.full_like(largest, -1), torch.ones_like(largest)
-    for factor in torch.linspace(0.1, 1.5, steps).tolist():
-        scale = (largest * factor).clamp(min=1e-30)
-        chosen = levels[torch.bucketize(points / scale[:, None], middles)]
-        dot, norm = (points * chosen).sum(1), chosen.square().sum(1)
-        gain = dot.square() / norm.clamp(min=1e-30)  # squared error = |points|^2 - gain
-        better = (gain > best) & (dot > 0)
-        best, found = torch.where(better, gain, best), torch.where(better, dot / norm, found)
-    return found
+def _distribution(calibration: str) -> Distribution:
+    return "laplace" if calibration == "aciq_laplace" else "gauss"
 
 
 class Histogram:
@@ -197,6 +93,7 @@ class Histogram:
         self.bins = bins
         self.reach = 0.0
         self.low, self.high = 0.0, 0.0
+        self.average: tuple[float, float] | None = None
         self.counts = torch.zeros(bins, dtype=torch.float64)
 
     def observe(self, x: Tensor) -> None:
@@ -204,6 +101,11 @@ class Histogram:
         values = x.detach().float().flatten()
         low, high = (float(v) for v in values.aminmax())
         self.low, self.high = min(self.low, low), max(self.high, high)
+        before = self.average or (low, high)
+        self.average = (
+            _MOMENTUM * before[0] + (1 - _MOMENTUM) * low,
+            _MOMENTUM * before[1] + (1 - _MOMENTUM) * high,
+        )
         top = max(-low, high)
         if not top < float("inf"):
             raise ValueError("the activations are not finite")
@@ -231,21 +133,59 @@ class Histogram:
     @property
     def centers(self) -> Tensor:
         """(bins,) the middle of each bin."""
-        return (torch.arange(self.bins, dtype=torch.float64) + 0.5) * (2 * self.reach / self.bins) - self.reach
+        return (torch.arange(self.bins, dtype=torch.float64) + 0.5) * self._width - self.reach
 
-    def range(self, calibration: Calibration, percentile: float) -> tuple[float, float]:
-        """The least and greatest value, or the percentiles; [low, high] includes 0."""
-        if calibration != "percentile" or not self.seen:
-            return self.low, self.high
-        share = self.counts.cumsum(0) / self.counts.sum()
-        width, cut = 2 * self.reach / self.bins, percentile / 100
-        first = int(torch.searchsorted(share, 1 - cut, right=True))
-        last = int(torch.searchsorted(share, cut))
-        low, high = first * width - self.reach, (last + 1) * width - self.reach
+    @property
+    def _width(self) -> float:
+        return 2 * self.reach / self.bins
+
+    def range(
+        self, calibration: Calibration, percentile: float, *, bits: int = 8, symmetric: bool = False
+    ) -> tuple[float, float]:
+        """Where the calibration clips; [low, high] includes 0. The error is not looked at."""
+        low, high = self.low, self.high
+        if not self.seen:
+            return low, high
+        if calibration == "ema" and self.average:
+            low, high = self.average
+        elif calibration == "percentile":
+            low, high = self._percentiles(percentile / 100)
+        elif calibration in ("aciq_laplace", "aciq_gauss"):
+            low, high = self._aciq(_distribution(calibration), bits, symmetric)
+        elif calibration in ("kl_tensorrt", "kl_masked", "kl_cfws"):
+            clip = self._kl(calibration, bits - 1 if symmetric or low < 0 < high else bits)
+            low, high = -clip, clip
         return min(0.0, max(low, self.low)), max(0.0, min(high, self.high))
 
+    def _percentiles(self, cut: float) -> tuple[float, float]:
+        share = self.counts.cumsum(0) / self.counts.sum()
+        first = int(torch.searchsorted(share, 1 - cut, right=True))
+        last = int(torch.searchsorted(share, cut))
+        return first * self._width - self.reach, (last + 1) * self._width - self.reach
+
+    def _aciq(self, distribution: Distribution, bits: int, symmetric: bool) -> tuple[float, float]:
+        points = self.centers
+        if self.low == 0:
+            points[self.bins // 2] = 0  # the bin of the zeros of a ReLU
+        points = points.clamp(self.low, self.high)
+        low, high = aciq_range(
+            points[None], self.counts[None], bits=bits, symmetric=symmetric, distribution=distribution
+        )
+        return float(low), float(high)
+
+    def _kl(self, form: Divergence, bits: int) -> float:
+        half = self.bins // 2
+        magnitudes = (self.counts[half:] + self.counts[:half].flip(0)).numpy()
+        return (kl_bins(magnitudes, 2**bits, form) + 0.5) * self._width
+
     def grid(
-        self, *, bits: int, symmetric: bool = False, calibration: Calibration = "minmax", percentile: float = 99.99
+        self,
+        *,
+        bits: int,
+        symmetric: bool = False,
+        calibration: Calibration = "minmax",
+        percentile: float = 99.99,
+        power_of_two: bool = False,
     ) -> tuple[float, int]:
         """Scale and zero point of an activation quantizer; the zero point is 0 if symmetric or nothing is negative.
 
@@ -254,9 +194,14 @@ class Histogram:
             symmetric: signed codes about 0.
             calibration: how the range is chosen.
             percentile: cut off at either end, in percent.
+            power_of_two: move the scale to the power of two near it with the least squared error.
         """
-        low, high = (torch.tensor([v], dtype=torch.float64) for v in self.range(calibration, percentile))
+        ends = self.range(calibration, percentile, bits=bits, symmetric=symmetric)
+        low, high = (torch.tensor([v], dtype=torch.float64) for v in ends)
         used = self.counts > 0
         points, mass = self.centers[None, used], self.counts[None, used]
-        scale, zero = fit(points, low, high, bits=bits, symmetric=symmetric, mse=calibration == "mse", mass=mass)
+        norm = _NORMS.get(calibration)
+        scale, zero = fit(
+            points, low, high, bits=bits, symmetric=symmetric, norm=norm, power_of_two=power_of_two, mass=mass
+        )
         return float(scale), 0 if zero is None else int(zero)

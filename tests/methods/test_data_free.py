@@ -1,5 +1,7 @@
 """Methods that need no images, and activation quantizers, on small networks."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from qbench.quant.activations import (
 from qbench.quant.audit import audit
 from qbench.quant.encodings import Affine, Cast, Codebook
 from qbench.quant.layers import encodings
+from qbench.quant.observers import Calibration, WeightCalibration
 from qbench.registry import parse, resolve
 
 
@@ -83,7 +86,8 @@ def test_cast_stays_finite(net, data, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", ["", "symmetric=false", "calibration=mse", "calibration=percentile", "granularity=tensor"]
+    "options",
+    ["", "symmetric=false", "granularity=tensor", *(f"calibration={name}" for name in get_args(WeightCalibration))],
 )
 def test_rtn(net, data, options):
     before = net.conv.weight.detach().clone()
@@ -141,7 +145,7 @@ def test_kmeans(net, data, granularity, start):
         assert used.unique().numel() <= 8
 
 
-@pytest.mark.parametrize("calibration", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("calibration", get_args(Calibration))
 def test_static_activations(net, data, calibration):
     x = data.example
     before = net(x)
@@ -152,6 +156,13 @@ def test_static_activations(net, data, calibration):
     assert model.conv.input_quantizer.zero_point > 0
     assert (model(x) - before).abs().max() < 0.05
     assert all(len(layer._forward_pre_hooks) == 1 for layer in (model.conv, model.head))
+
+
+def test_scales_that_are_powers_of_two(net, data):
+    model = run("activations[power_of_two=true]", run("rtn[power_of_two=true,bits=4,symmetric=false]", net, data), data)
+    scales = [code.scale for code in encodings(model).values()]
+    scales += [quantizer.scale.reshape(1, 1) for quantizer in input_quantizers(model).values()]
+    assert all(torch.equal(scale.log2(), scale.log2().round()) for scale in scales)
 
 
 def test_minmax_covers_all_batches(net, data):

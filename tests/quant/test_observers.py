@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbench.quant.encodings import Affine
-from qbench.quant.observers import Histogram, exact_step, levels_scale, percentile_range, search_weight
+from qbench.quant.grids import exact_step
+from qbench.quant.levels import levels_scale
+from qbench.quant.observers import Histogram, search_weight
+from qbench.quant.thresholds import percentile_range
 
 
 def gaussian(*shape, seed=0):
