@@ -8,14 +8,35 @@ front and flattening the rest. Parameters of a grid have shape (R, G): R is 1 or
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from qbench.quant import bits as bitpack
+from qbench.quant import coding
+from qbench.quant.rows import as_grid, code_range, expand_groups, from_rows, to_rows
+from qbench.quant.scalar import Affine, Codebook
+
+__all__ = [
+    "Affine",
+    "Cast",
+    "Codebook",
+    "Encoding",
+    "Rotated",
+    "Sum",
+    "VectorCodebook",
+    "as_grid",
+    "code_range",
+    "coded",
+    "expand_groups",
+    "from_rows",
+    "leaves",
+    "move",
+    "restore",
+    "to_rows",
+]
 
 
 @runtime_checkable
@@ -29,223 +50,6 @@ class Encoding(Protocol):
     def meta(self) -> dict[str, Any]: ...
 
 
-def to_rows(tensor: Tensor, axis: int = 0) -> Tensor:
-    """(N, d): one row per index of `axis`."""
-    return tensor.movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]
-
-
-def from_rows(rows: Tensor, shape: torch.Size | tuple[int, ...], axis: int = 0) -> Tensor:
-    """The inverse of `to_rows`."""
-    if len(shape) == 1:
-        return rows[:, 0]
-    moved = [shape[axis], *shape[:axis], *shape[axis + 1 :]]
-    return rows.reshape(moved).movedim(0, axis).contiguous()
-
-
-def expand_groups(parameter: Tensor, columns: int, group_size: int | None) -> Tensor:
-    """Parameters (R, G) spread over the columns: (R, 1) with one group, which is every column's, else (R, columns)."""
-    if group_size is None or parameter.shape[1] == 1:
-        return parameter
-    return parameter.repeat_interleave(group_size, dim=1)[:, :columns]
-
-
-def as_grid(parameter: Tensor | float, like: Tensor) -> Tensor:
-    """A scalar, (R,) or (R, G) parameter as (R, G) of `like`'s device, float32 unless it has a float dtype already."""
-    value = torch.as_tensor(parameter, device=like.device)
-    if not value.is_floating_point():
-        value = value.float()
-    return value.reshape(-1, 1) if value.dim() < 2 else value
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """`(codes - zero_point) * scale`, codes in [low, high], per tensor, channel or group."""
-
-    codes: Tensor
-    """Integers of the weight's shape."""
-    scale: Tensor
-    """(R, G), float32."""
-    low: int
-    high: int
-    zero_point: Tensor | None = None
-    """(R, G), float32 (HQQ's is not an integer); None means 0."""
-    axis: int = 0
-    group_size: int | None = None
-
-    @staticmethod
-    def nearest(
-        weight: Tensor,
-        scale: Tensor | float,
-        *,
-        bits: int | None = None,
-        low: int | None = None,
-        high: int | None = None,
-        zero_point: Tensor | float | None = None,
-        axis: int = 0,
-        group_size: int | None = None,
-    ) -> Affine:
-        """Round each weight to the nearest code, ties to even.
-
-        Args:
-            weight: any shape.
-            scale: scalar, (N,) or (R, G); zeros (dead channels) are taken as 1.
-            bits: sets [low, high]: narrow and symmetric without a zero point, else [0, 2**bits - 1].
-            low: lowest code, when not set by `bits`.
-            high: highest code, when not set by `bits`.
-            zero_point: code that decodes to 0; None for symmetric grids.
-            axis: output-channel axis of the weight.
-            group_size: columns per group.
-        """
-        if low is None or high is None:
-            if bits is None:
-                raise ValueError("give bits, or low and high")
-            low, high = code_range(bits, symmetric=zero_point is None)
-        rows = to_rows(weight.detach(), axis)
-        step = as_grid(scale, rows)
-        step = torch.where(step > 0, step, torch.ones_like(step)).float()
-        zero = None if zero_point is None else as_grid(zero_point, rows).float()
-        codes = rows / expand_groups(step, rows.shape[1], group_size)
-        if zero is None:
-            codes = codes.round()
-        else:
-            # Only the fraction before rounding: next to a large zero point float32 has no room for the weight's digits.
-            offset = expand_groups(zero, rows.shape[1], group_size)
-            codes = (codes + (offset - offset.round())).round() + offset.round()
-        codes = codes.clamp(low, high).to(torch.int32)
-        return Affine(from_rows(codes, weight.shape, axis), step, low, high, zero, axis, group_size)
-
-    @property
-    def levels(self) -> int:
-        return self.high - self.low + 1
-
-    @property
-    def nominal_bits(self) -> float:
-        return self.codes.numel() * math.log2(self.levels)
-
-    def decode(self) -> Tensor:
-        rows = to_rows(self.codes, self.axis).to(torch.float32)
-        if self.zero_point is not None:
-            rows = rows - expand_groups(self.zero_point, rows.shape[1], self.group_size)
-        return from_rows(rows * expand_groups(self.scale, rows.shape[1], self.group_size), self.codes.shape, self.axis)
-
-    def tensors(self) -> dict[str, Tensor]:
-        packed = {"codes": bitpack.pack(self.codes - self.low, bitpack.width_of(self.levels)), "scale": self.scale}
-        return packed if self.zero_point is None else packed | {"zero_point": self.zero_point}
-
-    def meta(self) -> dict[str, Any]:
-        shape = list(self.codes.shape)
-        return {
-            "type": "affine",
-            "shape": shape,
-            "low": self.low,
-            "high": self.high,
-            "axis": self.axis,
-            "group_size": self.group_size,
-        }
-
-    @staticmethod
-    def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Affine:
-        low, high, shape = meta["low"], meta["high"], meta["shape"]
-        flat = bitpack.unpack(tensors["codes"], bitpack.width_of(high - low + 1), math.prod(shape))
-        codes = flat.reshape(shape) + low
-        return Affine(codes, tensors["scale"], low, high, tensors.get("zero_point"), meta["axis"], meta["group_size"])
-
-
-def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
-    """[-(2**(b-1) - 1), 2**(b-1) - 1] if symmetric (one bit: [-1, 0]), else [0, 2**b - 1]."""
-    if not symmetric:
-        return 0, 2**bits - 1
-    top = 2 ** (bits - 1) - 1
-    return (-top, top) if top else (-1, 0)
-
-
-@dataclass(frozen=True, eq=False)
-class Codebook:
-    """`levels[codes]`, levels per tensor, channel or group; with a scale, `levels[codes] * scale`."""
-
-    codes: Tensor
-    """Integers of the weight's shape in [0, K)."""
-    levels: Tensor
-    """(R, G, K), float32."""
-    axis: int = 0
-    group_size: int | None = None
-    scale: Tensor | None = None
-    """(R, G), float32; None means 1."""
-
-    @staticmethod
-    def nearest(
-        weight: Tensor,
-        levels: Tensor,
-        *,
-        scale: Tensor | float | None = None,
-        axis: int = 0,
-        group_size: int | None = None,
-    ) -> Codebook:
-        """Assign each weight to its nearest level.
-
-        Args:
-            weight: any shape.
-            levels: (K,), (N, K) or (R, G, K); they are sorted here. Without groups, or shared by all of them.
-            scale: of the levels: scalar, (N,) or (R, G); zeros (dead channels) are taken as 1.
-            axis: output-channel axis of the weight.
-            group_size: columns per group.
-        """
-        rows = to_rows(weight.detach(), axis).float()
-        shaped = levels.reshape(1, 1, -1) if levels.dim() == 1 else levels[:, None] if levels.dim() == 2 else levels
-        ordered = shaped.to(rows.device, torch.float32).sort(dim=-1).values.contiguous()
-        middles = (ordered[..., 1:] + ordered[..., :-1]) / 2
-        n, d = rows.shape
-        step = None
-        if scale is not None:
-            step = as_grid(scale, rows).float()
-            step = torch.where(step > 0, step, torch.ones_like(step))
-            rows = rows / expand_groups(step, d, group_size)
-        size = group_size or d
-        groups = -(-d // size)
-        padded = torch.nn.functional.pad(rows, (0, groups * size - d)).reshape(n, groups, size)
-        shared = middles.shape[:2] == (1, 1)
-        table = middles[0, 0] if shared else middles.expand(n, groups, -1).contiguous()
-        codes = torch.searchsorted(table, padded.contiguous())
-        flat = codes.reshape(n, groups * size)[:, :d].to(torch.int32)
-        return Codebook(from_rows(flat, weight.shape, axis), ordered, axis, group_size, step)
-
-    @property
-    def nominal_bits(self) -> float:
-        return self.codes.numel() * math.log2(self.levels.shape[-1])
-
-    def decode(self) -> Tensor:
-        codes = to_rows(self.codes, self.axis).long()
-        n, d = codes.shape
-        rows, groups, k = self.levels.shape
-        row = torch.arange(n, device=codes.device)[:, None] if rows > 1 else 0
-        # One group may be shared by all columns although the scale has more.
-        size = self.group_size if self.group_size and groups > 1 else d
-        group = torch.arange(d, device=codes.device)[None, :] // max(size, 1)
-        flat = self.levels.reshape(-1)[(row * groups + group) * k + codes]
-        if self.scale is not None:
-            flat = flat * expand_groups(self.scale, d, self.group_size)
-        return from_rows(flat, self.codes.shape, self.axis)
-
-    def tensors(self) -> dict[str, Tensor]:
-        packed = {"codes": bitpack.pack(self.codes, bitpack.width_of(self.levels.shape[-1])), "levels": self.levels}
-        return packed if self.scale is None else packed | {"scale": self.scale}
-
-    def meta(self) -> dict[str, Any]:
-        return {
-            "type": "codebook",
-            "shape": list(self.codes.shape),
-            "axis": self.axis,
-            "group_size": self.group_size,
-        }
-
-    @staticmethod
-    def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codebook:
-        levels = tensors["levels"]
-        flat = bitpack.unpack(tensors["codes"], bitpack.width_of(levels.shape[-1]), math.prod(meta["shape"]))
-        codes = flat.reshape(meta["shape"])
-        return Codebook(codes, levels, meta["axis"], meta["group_size"], tensors.get("scale"))
-
-
 @dataclass(frozen=True, eq=False)
 class VectorCodebook:
     """Concatenated centroids: a row is cut into vectors of g columns (the last padded), each replaced by a centroid."""
@@ -256,6 +60,8 @@ class VectorCodebook:
     """(K, g), float32."""
     shape: tuple[int, ...]
     axis: int = 0
+    coder: coding.Coder | None = None
+    """How the codes are stored; None is at their true bit width."""
 
     @property
     def nominal_bits(self) -> float:
@@ -267,18 +73,20 @@ class VectorCodebook:
         return from_rows(rows, self.shape, self.axis)
 
     def tensors(self) -> dict[str, Tensor]:
-        width = bitpack.width_of(self.centroids.shape[0])
-        return {"codes": bitpack.pack(self.codes, width), "centroids": self.centroids}
+        return {
+            "codes": coding.encode(self.codes, self.centroids.shape[0], self.coder),
+            "centroids": self.centroids,
+        }
 
     def meta(self) -> dict[str, Any]:
         codes = list(self.codes.shape)
-        return {"type": "vector", "shape": list(self.shape), "codes": codes, "axis": self.axis}
+        return {"type": "vector", "shape": list(self.shape), "codes": codes, "axis": self.axis, "coder": self.coder}
 
     @staticmethod
     def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> VectorCodebook:
-        centroids = tensors["centroids"]
-        flat = bitpack.unpack(tensors["codes"], bitpack.width_of(centroids.shape[0]), math.prod(meta["codes"]))
-        return VectorCodebook(flat.reshape(meta["codes"]), centroids, tuple(meta["shape"]), meta["axis"])
+        centroids, coder = tensors["centroids"], meta.get("coder")
+        codes = coding.decode(tensors["codes"], centroids.shape[0], meta["codes"], coder)
+        return VectorCodebook(codes, centroids, tuple(meta["shape"]), meta["axis"], coder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,6 +186,29 @@ def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoding:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + ".")}
+
+
+def leaves(encoding: Encoding) -> Iterator[Encoding]:
+    """The encodings that hold codes or values themselves: the parts of a sum, and what a rotation turns."""
+    if isinstance(encoding, Sum):
+        for part in encoding.parts:
+            yield from leaves(part)
+    elif isinstance(encoding, Rotated):
+        yield from leaves(encoding.inner)
+    else:
+        yield encoding
+
+
+def coded(encoding: Encoding, coder: coding.Coder | None) -> Encoding:
+    """The same encoding with all codes stored by that coder; floats stay as they are."""
+    match encoding:
+        case Affine() | Codebook() | VectorCodebook():
+            return replace(encoding, coder=coder)
+        case Sum():
+            return Sum(tuple(coded(part, coder) for part in encoding.parts))
+        case Rotated():
+            return replace(encoding, inner=coded(encoding.inner, coder))
+    return encoding
 
 
 def move(encoding: Encoding, device: torch.device | str) -> Encoding:

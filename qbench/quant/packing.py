@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qbench import registry
 from qbench.errors import UserError
 from qbench.quant import activations, structure
+from qbench.quant.coding import DamagedError
 from qbench.quant.encodings import Codebook, Encoding, restore, to_rows
 from qbench.quant.layers import encode, encodings, named_weight_layers, output_axis
 
@@ -177,7 +178,7 @@ def load(path: str | Path) -> nn.Module:
         else:
             name, _, part = rest.rpartition(":")
             by_name.setdefault(name, {})[part] = value
-    decoded = {name: restore(meta, by_name[name]) for name, meta in header["encodings"].items()}
+    decoded = {name: _restore(path, name, meta, by_name[name]) for name, meta in header["encodings"].items()}
     state = floats | {name: encoding.decode() for name, encoding in decoded.items()}
     state |= {name: state[source] for name, source in header["shared"].items()}
     _tie(model, header["shared"])
@@ -187,6 +188,13 @@ def load(path: str | Path) -> nn.Module:
         layer, _, parameter = name.rpartition(".")
         encode(model.get_submodule(layer), encoding, parameter)
     return model.eval()
+
+
+def _restore(path: str | Path, name: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoding:
+    try:
+        return restore(meta, tensors)
+    except DamagedError as error:
+        raise UserError(f"{path}: {name} cannot be decoded: {error}; write the artifact again") from error
 
 
 def _tie(model: nn.Module, shared: Mapping[str, str]) -> None:
