@@ -9,6 +9,7 @@ from qbench.registry import parse, resolve
 
 # What is run where the defaults take too long (training), or where further options are another path through the code.
 REFERENCES = {
+    "adaround": ["adaround[steps=5]", "adaround[bits=3,steps=5,granularity=tensor,symmetric=false]"],
     "activations": ["activations[mode=static]", "activations[mode=dynamic,granularity=token]"],
     "cast": ["cast", "cast[dtype=float8_e5m2]"],
     "kmeans": ["kmeans", "kmeans[bits=2,granularity=channel]"],
