@@ -70,7 +70,7 @@ def production(weight: Tensor, x: Tensor, xt: Tensor, step: Tensor) -> Tensor:
     layer.weight.data.copy_(weight)
     sums = grams(layer, [xt], [x], for_errors=False)
     alphabet = alphabets.uniform(step, BITS)
-    return alphabet.levels[follow_path(weight[None], sums.H.float(), sums.G.float(), alphabet)[0]]
+    return alphabet.levels[follow_path(weight[None], sums.H.float(), sums.G.float(), alphabet).indices[0]]
 
 
 def main() -> None:

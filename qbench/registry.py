@@ -38,6 +38,8 @@ Bits = Annotated[int, Field(ge=1, le=16)]
 """Option type: a bit width from 1 to 16."""
 EdgeBits = Bits | Literal[32] | None
 """Option type: the bit width of the first and the last layer; 32 leaves them in float, None means no difference."""
+LayerBits = dict[str, Bits | Literal[32]] | None
+"""Option type: the bit widths of single layers, by their names or first parts of names; 32 leaves them in float."""
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS: dict[Kind, str] = {kind: f"{kind}s" for kind in KINDS}

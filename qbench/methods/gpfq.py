@@ -2,21 +2,18 @@
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from qbench.data import Data
-from qbench.errors import Unsupported
 from qbench.quant.alphabet import Alphabets
 from qbench.quant.biases import shift_bias
 from qbench.quant.gram import Grams, Sampling, grouped_weight
 from qbench.quant.layers import encode, select_layers, weight_of
-from qbench.quant.path_following import follow_path, squared_error
-from qbench.quant.sweep import Stop, sweep
-from qbench.registry import EdgeBits, method
-
-_LEAST_ROWS = 16384
+from qbench.quant.layerwise import Report, enough_rows, float_weight, same_inputs
+from qbench.quant.path_following import align, follow_path
+from qbench.quant.sweep import sweep
+from qbench.registry import EdgeBits, LayerBits, method
 
 
 @method("gpfq", paper="arXiv:2201.11113")
@@ -39,6 +36,7 @@ def gpfq(
     oversample: Annotated[int, Field(ge=1)] | None = 32,
     patch_stride: Literal["layer", "kernel"] = "layer",
     retain: Annotated[float, Field(gt=0, le=1)] | None = None,
+    layer_bits: LayerBits = None,
     edge_bits: EdgeBits = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -70,6 +68,7 @@ def gpfq(
             evenly over the images; null uses every patch.
         patch_stride: `kernel` takes patches that do not overlap, as the authors do.
         retain: draw int(retain * L + 1) of the L patches of each image with replacement instead, as the authors do.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
 
@@ -80,37 +79,23 @@ def gpfq(
     alphabets = Alphabets(alphabet, levels, c, percentile / 100, step, granularity, sparsity, threshold)
     alphabets.check()
     model.eval()
-    chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
+    chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip, layer_bits)}
     batches = data.calibration if images is None else data.calibration.first(images)
-    errors: dict[str, float] = {}
+    report = Report("nearest")
     for stop in sweep(model, batches, reference=data.reference, layers=chosen):
-        weight = _float_weight(stop)
-        rows = None if oversample is None else max(_LEAST_ROWS, oversample * weight.shape[-1])
+        weight = float_weight(stop)
+        rows = enough_rows(oversample, weight.shape[-1])
         sums = stop.grams(Sampling(patch_stride, rows, retain, seed=data.seed + stop.index))
         book = alphabets.build(weight.flatten(0, 1), chosen[stop.name])
-        indices = follow_path(weight, sums.H.float(), sums.G.float(), book, act_order=act_order)
-        encode(stop.layer, book.encoding(indices.reshape(weight_of(stop.layer).shape)))
-        quantized = grouped_weight(stop.layer)
-        errors[stop.name] = _relative_error(weight, quantized, sums)
+        path = follow_path(weight, sums.H.float(), sums.G.float(), book, act_order=act_order)
+        encode(stop.layer, book.encoding(path.indices.reshape(weight_of(stop.layer).shape)))
+        aligned = None if same_inputs(stop) else align(weight, sums.H, sums.G, act_order=act_order)
+        report.add_path(stop, weight, aligned, path.values, book.reach, sums)
         if bias_correction:
-            shift_bias(model, stop.name, _mean_error(weight, quantized, sums))
+            shift_bias(model, stop.name, _mean_error(weight, grouped_weight(stop.layer), sums))
         data.progress((stop.index + 1) / stop.total)
-    data.record("layer_error", errors)
-    data.record("gpfq", {"quantized": len(errors), "unreached": sorted(chosen.keys() - errors.keys())})
+    report.record(data, "gpfq", chosen)
     return model
-
-
-def _float_weight(stop: Stop) -> Tensor:
-    if stop.reference_layer.weight.shape != stop.layer.weight.shape:
-        raise Unsupported(f"{stop.name} has another shape in the float network: a step before changed the structure")
-    return grouped_weight(stop.reference_layer).float()
-
-
-def _relative_error(weight: Tensor, quantized: Tensor, sums: Grams) -> float:
-    """`||X W - X~ Q|| / ||X W||` over the whole layer."""
-    assert sums.F is not None
-    error, energy = squared_error(weight, quantized, sums.H, sums.G, sums.F)
-    return float((error.sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
 
 
 def _mean_error(weight: Tensor, quantized: Tensor, sums: Grams) -> Tensor:

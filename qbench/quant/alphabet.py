@@ -34,6 +34,12 @@ class Alphabet:
     step: Tensor | None = None
     low: int = 0
 
+    @property
+    def reach(self) -> Tensor:
+        """How far a value between the lowest and the highest level can be from its level: (), or (N, 1)."""
+        below, above = self.thresholds - self.levels[..., :-1], self.levels[..., 1:] - self.thresholds
+        return torch.maximum(below, above).amax(-1, keepdim=self.levels.dim() == 2)
+
     def encoding(self, indices: Tensor) -> Encoding:
         """Indices into the levels, of a weight's shape, as an encoding."""
         if self.step is not None:

@@ -1,10 +1,11 @@
 """The layers that carry weights, and attaching encodings to them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from qbench.errors import UserError
 from qbench.quant.encodings import Encoding
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -35,7 +36,11 @@ def output_axis(layer: nn.Module) -> int:
 
 
 def select_layers(
-    model: nn.Module, bits: int, edge_bits: int | None = None, skip: tuple[str, ...] = ()
+    model: nn.Module,
+    bits: int,
+    edge_bits: int | None = None,
+    skip: tuple[str, ...] = (),
+    layer_bits: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, nn.Module, int]]:
     """The layer policy that every method understands the same way: `(name, layer, bits)` of the layers to quantize.
 
@@ -44,19 +49,40 @@ def select_layers(
         bits: bit width of all layers but the edges.
         edge_bits: bit width of the first and the last layer; None means `bits`, 32 leaves them in float.
         skip: layers left in float: those whose name equals or begins with one of these.
+        layer_bits: bit widths of layers whose name equals or begins with a key, whatever `bits` and `edge_bits` say;
+            the longest key counts.
 
     A weight that several layers share is quantized once, with the first of them.
+
+    Raises:
+        UserError: a key of `layer_bits` names no layer.
     """
     layers = named_weight_layers(model)
     names = list(layers)
+    own = _by_name(names, layer_bits or {})
     seen: set[int] = set()
     for name, layer in layers.items():
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in skip) or id(layer.weight) in seen:
+        if any(_within(name, prefix) for prefix in skip) or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))
-        chosen = bits if edge_bits is None or name not in (names[0], names[-1]) else edge_bits
+        usual = bits if edge_bits is None or name not in (names[0], names[-1]) else edge_bits
+        chosen = own.get(name, usual)
         if chosen < 32:
             yield name, layer, chosen
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _by_name(names: list[str], layer_bits: Mapping[str, int]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for prefix in sorted(layer_bits, key=len):
+        named = [name for name in names if _within(name, prefix)]
+        if not named:
+            raise UserError(f"layer_bits: no layer is named {prefix!r} or begins with {prefix + '.'!r}")
+        found |= dict.fromkeys(named, layer_bits[prefix])
+    return found
 
 
 def encode(layer: nn.Module, encoding: Encoding, parameter: str = "weight") -> None:

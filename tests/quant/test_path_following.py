@@ -21,7 +21,7 @@ def by_gram(weight: Tensor, x: Tensor, xt: Tensor, alphabet: Alphabet, groups: i
     """Levels, (N, d), through the production solver; x and xt are (m, groups * d)."""
     split = [value.reshape(len(value), groups, -1).movedim(1, 0) for value in (xt, x)]
     shaped = weight.reshape(groups, -1, weight.shape[1])
-    index = follow_path(shaped, split[0].mT @ split[0], split[0].mT @ split[1], alphabet, **options)
+    index = follow_path(shaped, split[0].mT @ split[0], split[0].mT @ split[1], alphabet, **options).indices
     return level(alphabet, index.reshape(weight.shape))
 
 
@@ -196,7 +196,7 @@ def test_encodings_decode_to_the_levels() -> None:
         alphabets.hard(alphabets.radius(w, per_channel=True), 4, 0.01),
         alphabets.linspace(alphabets.radius(w), 8, zero=True),
     ):
-        index = follow_path(w[None], (xt.T @ xt).double()[None], (xt.T @ x).double()[None], alphabet)[0]
+        index = follow_path(w[None], (xt.T @ xt).double()[None], (xt.T @ x).double()[None], alphabet).indices[0]
         torch.testing.assert_close(alphabet.encoding(index).decode(), level(alphabet, index))
 
 
