@@ -10,6 +10,7 @@ from qbench.data import Data
 from qbench.quant import clustering
 from qbench.quant.encodings import Codebook, to_rows
 from qbench.quant.layers import encode, output_axis, select_layers, weight_of
+from qbench.quant.pruning import with_zero, zeros_of
 from qbench.registry import method
 
 Width = Annotated[int, Field(ge=1, le=8)]
@@ -30,7 +31,7 @@ def kmeans(
 
     Lloyd's algorithm from a start near, and for up to 4,096 weights at, the global optimum, which dynamic programming
     finds. A channel's codebook costs more than the floats it replaces where the channel has few weights (depthwise
-    convolutions): the size says so.
+    convolutions): the size says so. In pruned layers the level nearest to 0 is 0.
 
     Args:
         model: changed in place.
@@ -55,5 +56,7 @@ def kmeans(
             rows = to_rows(weight, axis)
             points = rows if granularity == "channel" else rows.reshape(1, -1)
             levels = clustering.kmeans(points, 2**width, start, data.seed)
+        if zeros_of(layer) is not None:
+            levels = with_zero(levels)
         encode(layer, Codebook.nearest(weight, levels, axis=axis))
     return model

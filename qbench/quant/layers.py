@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from qbench.errors import UserError
+from qbench.errors import Unsupported, UserError
 from qbench.quant.encodings import Encoding
+from qbench.quant.pruning import zeros_of
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -90,11 +91,15 @@ def encode(layer: nn.Module, encoding: Encoding, parameter: str = "weight") -> N
 
     Raises:
         ValueError: the decoded tensor does not have the parameter's shape.
+        Unsupported: it gives pruned weights another value than 0.
     """
     target = getattr(layer, parameter)
     decoded = encoding.decode()
     if decoded.shape != target.shape:
         raise ValueError(f"the encoding decodes to {tuple(decoded.shape)}, but {parameter} is {tuple(target.shape)}")
+    zeros = zeros_of(layer) if parameter == "weight" else None
+    if zeros is not None and bool(decoded[zeros.to(decoded.device)].any()):
+        raise Unsupported("this step does not keep the zeros of prune: use rtn, kmeans or ecsq, or leave prune out")
     with torch.no_grad():
         target.copy_(decoded)
     layer.__dict__.setdefault(_ATTRIBUTE, {})[parameter] = encoding
