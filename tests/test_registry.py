@@ -85,13 +85,13 @@ def test_references_print_and_parse_back(bits, lr, on, mode, skip):
     assert str(again) == str(reference)
 
 
-def test_defaults_are_filled_in_and_not_shown():
+def test_defaults_are_filled_in_and_what_was_written_is_shown():
     plain = resolve("method", "registry_example")
     assert str(plain) == "registry_example"
     assert plain.options["bits"] == 8
     assert list(plain.options) == ["bits", "mode", "lr", "on", "skip", "sizes", "name"]
     spelled = resolve("method", "registry_example", {"bits": 8, "sizes": [1, 2], "mode": "b"})
-    assert str(spelled) == "registry_example[mode=b]"
+    assert str(spelled) == "registry_example[bits=8,sizes=[1,2],mode=b]"
     assert plain(None, None) == (8, "a", 0.1, False, [])
 
 

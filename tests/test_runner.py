@@ -150,16 +150,18 @@ def test_resume_redo_and_damage(tmp_path: Path) -> None:
     second = results(tmp_path)
     assert second["rtn"].started == first["rtn"].started
     assert set(second["rtn"].metrics) == {"top1", "size"}
-    qbench(tmp_path, "run", "s.yaml", "--redo", "failed", "--set", "metrics=[top1, size]")
-    third = results(tmp_path)
-    assert third["rtn"].started == first["rtn"].started
     store = Store(tmp_path / "results" / "s")
-    half = store.path(third["rtn"].key)
+    half = store.path(second["rtn"].key)
     half.write_text(half.read_text()[: half.stat().st_size // 2])
-    told = qbench(tmp_path, "run", "s.yaml")
-    assert "is damaged" in told.stdout
+    told = qbench(tmp_path, "run", "s.yaml", "--redo", "failed", "--json")
+    events = [json.loads(line) for line in told.stdout.splitlines()]
+    assert any("is damaged" in event.get("text", "") for event in events)
     assert half.with_suffix(".json.damaged").exists()
-    assert results(tmp_path)["rtn"].status == "ok"
+    third = results(tmp_path)
+    assert third["rtn"].status == "ok"
+    assert third["fp32"].started == first["fp32"].started
+    redone = {event["label"].split("/")[2] for event in events if event["event"] == "finished"}
+    assert redone == {"raises", "rtn"}
 
 
 def test_two_writers_are_refused(tmp_path: Path) -> None:
