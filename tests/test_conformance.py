@@ -11,10 +11,12 @@ from qbench.registry import parse, resolve
 REFERENCES = {
     "adaround": ["adaround[steps=5]", "adaround[bits=3,steps=5,granularity=tensor,symmetric=false]"],
     "activations": ["activations[mode=static]", "activations[mode=dynamic,granularity=token]"],
+    "brecq": ["brecq[steps=2]"],
     "cast": ["cast", "cast[dtype=float8_e5m2]"],
     "gptq": ["gptq", "gptq[bits=3,granularity=group,group_size=20,symmetric=false,act_order=true]"],
     "kmeans": ["kmeans", "kmeans[bits=2,granularity=channel]"],
     "lsq": ["lsq[steps=2,batch_size=16]"],
+    "qdrop": ["qdrop[steps=2,edge_bits=8]"],
     "obq": ["obq[skip=[layer2,layer3,layer4,blocks.3,blocks.4,blocks.5]]"],
     "rtn": ["rtn", "rtn[bits=3,granularity=group,group_size=16,symmetric=false,calibration=mse]"],
 }

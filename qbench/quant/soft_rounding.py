@@ -12,6 +12,7 @@ from qbench.quant.encodings import Affine, expand_groups, from_rows, to_rows
 from qbench.quant.observers import search_weight
 
 _STRETCH, _MARGIN = 1.2, 0.1  # a sigmoid stretched to [-0.1, 1.1], so that 0 and 1 are reached
+_DECIDED = 20.0
 
 
 def fitted_grid(
@@ -81,6 +82,11 @@ class SoftRounding(nn.Module):
     def penalty(self, beta: float) -> Tensor:
         """`sum(1 - |2h - 1|^beta)`: 0 where everything is decided; a smaller beta presses also in the middle."""
         return (1 - (2 * self.share() - 1).abs().pow(beta)).sum()
+
+    def decide(self) -> None:
+        """Round for good, up where alpha >= 0; nothing is learned any more."""
+        with torch.no_grad():
+            self.alpha.copy_(torch.where(self.alpha >= 0, _DECIDED, -_DECIDED))
 
     def encoding(self, quantized: Tensor) -> Affine:
         """The decided codes, for a weight of the shape of `quantized`."""

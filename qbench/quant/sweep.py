@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from qbench.errors import Unsupported, UserError
+from qbench.quant.activations import input_quantizer
 from qbench.quant.gram import Grams, Sampling, grams
 from qbench.quant.layers import named_weight_layers
 from qbench.quant.paging import Pager, available
@@ -126,7 +127,8 @@ def sweep(
 ) -> Iterator[Stop]:
     """Stop at each layer in the order of execution, with its inputs in both networks.
 
-    Quantize `stop.layer` before asking for the next stop. A layer is stopped at once: when it is called again (a shared
+    Quantize `stop.layer` before asking for the next stop; an input quantizer that it gets at the stop, in place of none
+    or of an identity, is in effect from this call on. A layer is stopped at once: when it is called again (a shared
     module, a tied weight), it is already quantized, and a warning says so. A batch that does not come by a layer is not
     among its inputs; a layer that no batch comes by is warned about at the end.
 
@@ -227,16 +229,24 @@ class _Sweep:
         with torch.no_grad(), pager.running(walk):
             walk.switch()
 
-    def _arrival(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def arrive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _arrival(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+        def arrive(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             walk = getcurrent()
             if not isinstance(walk, _Walk):
-                return
+                return None
             if name not in self.done:
+                before = input_quantizer(module)
                 walk.park(name, args, kwargs)
+                after = input_quantizer(module)
+                if args and after is not None and after is not before:
+                    # It was attached here, behind the place in this call where it would have been asked.
+                    return (after(args[0]), *args[1:]), kwargs
             elif name in walk.seen and name not in self.repeated:
                 self.repeated.add(name)
                 warnings.warn(f"{name} is called more than once: it is quantized for its first call", stacklevel=2)
+            return None
 
         return arrive
 

@@ -1,0 +1,63 @@
+"""BRECQ: learned rounding, block by block."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from qbench.data import Data
+from qbench.quant.blockwise import Settings, reconstruct_blocks
+from qbench.registry import EdgeBits, method
+
+
+@method("brecq", paper="arXiv:2102.05426")
+def brecq(
+    model: nn.Module,
+    data: Data,
+    *,
+    bits: Annotated[int, Field(ge=2, le=8)] = 4,
+    granularity: Literal["tensor", "channel"] = "channel",
+    symmetric: bool = False,
+    steps: Annotated[int, Field(ge=1)] = 2000,
+    batch_size: Annotated[int, Field(ge=1)] = 32,
+    rounding_weight: Annotated[float, Field(gt=0)] = 0.01,
+    images: Annotated[int, Field(ge=1)] | None = None,
+    edge_bits: EdgeBits = None,
+    skip: tuple[str, ...] = (),
+) -> nn.Module:
+    """Learn for each weight whether to round it up or down, so that the output of its residual block changes least.
+
+    Blocks are found from the model's own structure (`qbench.quant.blocks`); layers outside of blocks are reconstructed
+    alone. The error is the squared one. Input quantizers that the model has are in effect meanwhile; when the roundings
+    of a block are decided, the steps of its static ones are learned, too, in a quarter of the steps.
+
+    Args:
+        model: changed in place.
+        data: its calibration images, and its float network.
+        bits: width of the codes.
+        granularity: one scale per tensor or per output channel; it minimises sum |w - q|^2.4 and is kept.
+        symmetric: codes from -(2**(bits-1) - 1) to 2**(bits-1) - 1 about 0; otherwise 0 to 2**bits - 1, zero point.
+        steps: of Adam, per block; the authors take 20,000.
+        batch_size: images per step.
+        rounding_weight: of the penalty that decides the roundings.
+        images: use the first so many calibration images; default all.
+        edge_bits: bits of the first and the last layer; 32 leaves them in float. The authors take 8.
+        skip: names, or first parts of names, of layers left in float.
+
+    Raises:
+        Unsupported: a step before changed the shape of a layer.
+    """
+    settings = Settings(
+        bits=bits,
+        activation_bits=None,
+        granularity=granularity,
+        symmetric=symmetric,
+        steps=steps,
+        batch_size=batch_size,
+        rounding_weight=rounding_weight,
+        keep=1.0,
+        images=images,
+        edge_bits=edge_bits,
+        skip=skip,
+    )
+    return reconstruct_blocks(model, data, settings)
