@@ -18,6 +18,7 @@ REFERENCES = {
     "lsq": ["lsq[steps=2,batch_size=16]"],
     "qdrop": ["qdrop[steps=2,edge_bits=8]"],
     "obq": ["obq[skip=[layer2,layer3,layer4,blocks.3,blocks.4,blocks.5]]"],
+    "product": ["product[bits=4,iterations=5]"],
     "rtn": ["rtn", "rtn[bits=3,granularity=group,group_size=16,symmetric=false,calibration=mse]"],
 }
 CASES = [case for name in sorted(registry._builtin("method")) for case in REFERENCES.get(name, [name])]
