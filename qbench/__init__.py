@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from qbench.datasets.base import Boxes, Dataset, Split
     from qbench.models.base import Model, Preprocess
     from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
-    from qbench.quant.encodings import Affine, Cast, Codebook, Rotated, Sum, VectorCodebook
+    from qbench.quant.encodings import Affine, Cast, Codebook, Rotated, Scaled, Sum, VectorCodebook
     from qbench.quant.layers import encode, named_weight_layers, weight_layers
     from qbench.quant.packing import load
     from qbench.quant.sweep import sweep
@@ -29,6 +29,7 @@ _LAZY = {
     "Cast": "qbench.quant.encodings",
     "Codebook": "qbench.quant.encodings",
     "Rotated": "qbench.quant.encodings",
+    "Scaled": "qbench.quant.encodings",
     "Sum": "qbench.quant.encodings",
     "VectorCodebook": "qbench.quant.encodings",
     "encode": "qbench.quant.layers",
@@ -48,6 +49,7 @@ __all__ = [
     "Model",
     "Preprocess",
     "Rotated",
+    "Scaled",
     "Split",
     "StaticQuantizer",
     "Sum",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.encodings import Affine, Cast, Codebook, Encoding, Rotated, Sum, VectorCodebook, to_rows
+from qbench.quant.encodings import Affine, Cast, Codebook, Encoding, Rotated, Scaled, Sum, VectorCodebook, to_rows
 from qbench.quant.layers import encodings
 
 
@@ -42,6 +42,8 @@ def _declared(encoding: Encoding) -> int:
             return encoding.centroids.shape[0]
         case Cast():
             return int(2 ** (8 * encoding.values.element_size()))
+        case Scaled():
+            return _declared(encoding.inner)
     raise TypeError(f"{type(encoding).__name__} is no encoding")
 
 
@@ -55,6 +57,9 @@ def _used(encoding: Encoding) -> int:
             return distinct(sharing(encoding.decode(), grid, encoding.axis, encoding.group_size))
         case VectorCodebook():
             return int(encoding.codes.unique().numel())
+        case Scaled():
+            grid = encoding.scale.decode().reshape(encoding.grid)
+            return distinct(sharing(encoding.decode(), grid, encoding.axis, encoding.group_size))
     return distinct(encoding.decode().reshape(1, -1))
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Codebook",
     "Encoding",
     "Rotated",
+    "Scaled",
     "Sum",
     "VectorCodebook",
     "as_grid",
@@ -91,7 +92,10 @@ class VectorCodebook:
 
 @dataclass(frozen=True, eq=False)
 class Cast:
-    """A narrower float: `values` in float16, bfloat16, float8_e4m3fn or float8_e5m2."""
+    """A narrower float: `values` in float16, bfloat16, float8_e4m3fn or float8_e5m2.
+
+    As the scale of `Scaled` also float8_e8m0fnu, which holds powers of two, and float32.
+    """
 
     values: Tensor
 
@@ -103,14 +107,18 @@ class Cast:
         return self.values.to(torch.float32)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values}
+        # The file format has no name for powers of two that all its readers know.
+        octets = self.values.dtype == torch.float8_e8m0fnu
+        return {"values": self.values.view(torch.uint8) if octets else self.values}
 
     def meta(self) -> dict[str, Any]:
-        return {"type": "cast", "shape": list(self.values.shape)}
+        powers = self.values.dtype == torch.float8_e8m0fnu
+        return {"type": "cast", "shape": list(self.values.shape)} | ({"powers": True} if powers else {})
 
     @staticmethod
     def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cast:
-        return Cast(tensors["values"].reshape(meta["shape"]))
+        values = tensors["values"].reshape(meta["shape"])
+        return Cast(values.view(torch.float8_e8m0fnu) if meta.get("powers") else values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +176,49 @@ class Rotated:
         return Rotated(restore(meta["inner"], _under(tensors, "inner")), tensors["matrix"], meta["axis"])
 
 
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """`inner * scale`, where the scale is itself encoded: in 8 bits, as a narrow float, or on two levels."""
+
+    inner: Encoding
+    scale: Encoding
+    """Decodes to the R x G scales, row by row, in any shape."""
+    grid: tuple[int, int]
+    """(R, G)."""
+    axis: int = 0
+    group_size: int | None = None
+
+    @property
+    def nominal_bits(self) -> float:
+        return self.inner.nominal_bits
+
+    def decode(self) -> Tensor:
+        inner = self.inner.decode()
+        rows = to_rows(inner, self.axis)
+        scale = expand_groups(self.scale.decode().reshape(self.grid), rows.shape[1], self.group_size)
+        return from_rows(rows * scale, inner.shape, self.axis)
+
+    def tensors(self) -> dict[str, Tensor]:
+        inner = {f"inner.{key}": value for key, value in self.inner.tensors().items()}
+        return inner | {f"scale.{key}": value for key, value in self.scale.tensors().items()}
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "type": "scaled",
+            "inner": self.inner.meta(),
+            "scale": self.scale.meta(),
+            "grid": list(self.grid),
+            "axis": self.axis,
+            "group_size": self.group_size,
+        }
+
+    @staticmethod
+    def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scaled:
+        inner, scale = (restore(meta[key], _under(tensors, key)) for key in ("inner", "scale"))
+        rows, groups = meta["grid"]
+        return Scaled(inner, scale, (rows, groups), meta["axis"], meta["group_size"])
+
+
 _TYPES: dict[str, Any] = {
     "affine": Affine,
     "codebook": Codebook,
@@ -175,6 +226,7 @@ _TYPES: dict[str, Any] = {
     "cast": Cast,
     "sum": Sum,
     "rotated": Rotated,
+    "scaled": Scaled,
 }
 
 
@@ -189,11 +241,11 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def leaves(encoding: Encoding) -> Iterator[Encoding]:
-    """The encodings that hold codes or values themselves: the parts of a sum, and what a rotation turns."""
+    """The encodings that hold the weights' codes or values: the parts of a sum, and what is rotated or scaled."""
     if isinstance(encoding, Sum):
         for part in encoding.parts:
             yield from leaves(part)
-    elif isinstance(encoding, Rotated):
+    elif isinstance(encoding, Rotated | Scaled):
         yield from leaves(encoding.inner)
     else:
         yield encoding
@@ -206,7 +258,7 @@ def coded(encoding: Encoding, coder: coding.Coder | None) -> Encoding:
             return replace(encoding, coder=coder)
         case Sum():
             return Sum(tuple(coded(part, coder) for part in encoding.parts))
-        case Rotated():
+        case Rotated() | Scaled():
             return replace(encoding, inner=coded(encoding.inner, coder))
     return encoding
 

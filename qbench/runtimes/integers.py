@@ -21,6 +21,7 @@ _FLOAT_KINDS = {
     "Cast": "narrow float weights are no integers",
     "Sum": "a sum of encodings is no integer",
     "Rotated": "rotated weights are no integers",
+    "Scaled": "codes with scales that are codes run as gather + float",
 }
 
 
