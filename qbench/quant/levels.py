@@ -52,6 +52,19 @@ def mirrored(magnitudes: Tensor) -> Tensor:
     return torch.cat([-magnitudes.flip(0)[:-1], magnitudes])
 
 
+def nf4_levels() -> Tensor:
+    """The 16 levels of NormalFloat, ascending (float32): quantiles of a normal distribution from -1 to 1, with a 0.
+
+    Eight of them are positive and seven negative (QLoRA, arXiv 2305.14314).
+    """
+    outermost = 0.9677083
+    upper, lower = (torch.linspace(0.5, outermost, n, dtype=torch.float64)[1:] for n in (9, 8))
+    levels = torch.cat(
+        [-torch.special.ndtri(lower).flip(0), torch.zeros(1, dtype=torch.float64), torch.special.ndtri(upper)]
+    )
+    return (levels / levels.abs().max()).float()
+
+
 @lru_cache
 def _gaussian(bits: int) -> tuple[float, ...]:
     count = 2**bits
