@@ -16,7 +16,7 @@ from qbench.quant.folding import NORMS
 from qbench.quant.layers import named_weight_layers
 
 # What a layer may do with its weight: multiply by it. One that computes it (weight standardisation) cannot be scaled.
-_PRODUCTS = {"convolution", "t", "transpose", "permute", "mm", "addmm", "linear", "bmm", "mkldnn_linear_pointwise"}
+PRODUCTS = {"convolution", "t", "transpose", "permute", "mm", "addmm", "linear", "bmm", "mkldnn_linear_pointwise"}
 
 
 def foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
@@ -39,27 +39,33 @@ def foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     return [(layer, norm) for layer, norm in pairs if norm not in watch.spoiled]
 
 
+def ambiguous(model: nn.Module) -> set[nn.Module]:
+    """The modules that have several names, or share parameters with others: to change one is to change more."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    owners: dict[int, set[nn.Module]] = {}
+    for module in names:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(module)
+    sharing = {module for several in owners.values() if len(several) > 1 for module in several}
+    return sharing | {module for module, called in names.items() if len(called) > 1}
+
+
 class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        names: dict[nn.Module, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            names.setdefault(module, []).append(name)
-        owners: dict[int, set[nn.Module]] = {}
-        for module in names:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), set()).add(module)
-        shared = {module for several in owners.values() if len(several) > 1 for module in several}
+        several = ambiguous(model)
         self.layers = named_weight_layers(model)
         self.norms = {name: module for name, module in model.named_modules() if _is_norm(module)}
         self.spoiled = {
             name
             for name, module in (self.layers | self.norms).items()
-            if len(names[module]) > 1 or module in shared or (module in self.norms.values() and _hooked(module))
+            if module in several or (module in self.norms.values() and _hooked(module))
         } | {name for name, module in self.layers.items() if module._forward_hooks}
         self.weights = {
-            _key(parameter): name
+            memory_of(parameter): name
             for name, module in self.layers.items()
             for parameter in module.parameters(recurse=False)
         }
@@ -86,7 +92,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and value.layout == torch.strided:
-                self._read(_key(value), func.overloadpacket.__name__)
+                self._read(memory_of(value), func.overloadpacket.__name__)
         return func(*args, **kwargs)
 
     def _read(self, key: int, operation: str) -> None:
@@ -94,7 +100,7 @@ class _Watch(TorchDispatchMode):
         if layer is not None and self.fed.get(layer) not in self._inside:
             self.spoiled.add(layer)
         owner = self.weights.get(key)
-        if owner is not None and (owner not in self._inside or operation not in _PRODUCTS):
+        if owner is not None and (owner not in self._inside or operation not in PRODUCTS):
             self.spoiled.add(owner)
 
     def _entering(self, name: str) -> Any:
@@ -105,7 +111,7 @@ class _Watch(TorchDispatchMode):
             self._inside.append(name)
             if name not in self.norms or not inputs or not isinstance(inputs[0], Tensor):
                 return
-            layer = self._outputs.get(_key(inputs[0]))
+            layer = self._outputs.get(memory_of(inputs[0]))
             if layer is None:
                 return
             if layer in self.fed or _channel_axis(self.layers[layer], inputs[0]) != 1:
@@ -118,7 +124,7 @@ class _Watch(TorchDispatchMode):
         def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self._inside.remove(name)
             if name in self.layers and isinstance(output, Tensor):
-                self._outputs[_key(output)] = name
+                self._outputs[memory_of(output)] = name
                 # The weak reference keeps the address from being given to another tensor.
                 self.memory[name] = StorageWeakRef(output.untyped_storage())
 
@@ -137,5 +143,6 @@ def _channel_axis(layer: nn.Module, output: Tensor) -> int:
     return output.dim() - 1 if isinstance(layer, nn.Linear) else 1
 
 
-def _key(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
+    """What tells the memory behind a tensor, shared by its views, from any other that lives."""
     return tensor.untyped_storage()._cdata

@@ -9,7 +9,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from qbench.errors import UserError
 from qbench.quant import structure
-from qbench.quant.layers import TRANSPOSED, encodings
+from qbench.quant.channels import scale_outputs
+from qbench.quant.layers import encodings
 
 WITH_ACTIVATION = (BatchNormAct2d, FrozenBatchNormAct2d)
 NORMS = (
@@ -34,7 +35,7 @@ def _fold(model: nn.Module, *, layer: str, norm: str) -> None:
         weight = target.weight
         assert isinstance(weight, Tensor)
         bias = target.bias.double() if isinstance(target.bias, Tensor) else torch.zeros_like(scale)
-        weight.copy_(_scaled(target, weight.double(), scale))
+        weight.copy_(scale_outputs(target, weight.double(), scale))
         target.bias = nn.Parameter((bias * scale + shift).to(weight.dtype))
     structure.replace_module(model, norm, _remainder(gone).train(gone.training))
 
@@ -50,15 +51,6 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
         scale = scale * norm.weight.double()
     shift = -mean.double() * scale
     return scale, shift + norm.bias.double() if isinstance(norm.bias, Tensor) else shift
-
-
-def _scaled(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
-    if isinstance(layer, TRANSPOSED):
-        # (C_in, N / groups, *kernel): the rows of one group of inputs make one group of outputs.
-        grouped = weight.unflatten(0, (layer.groups, -1))
-        factor = scale.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
-        return (grouped * factor).flatten(0, 1)
-    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def _remainder(norm: nn.Module) -> nn.Module:
