@@ -15,7 +15,13 @@ from qbench.errors import UserError
 Operation = Callable[..., None]
 _OPERATIONS: dict[str, Operation] = {}
 _RECORD = "qbench_structure"
-_BUILT_IN = {"add_bias": "qbench.quant.biases", "fold_bn": "qbench.quant.folding"}
+_BUILT_IN = {
+    "add_bias": "qbench.quant.biases",
+    "channel_clip": "qbench.quant.channel_clip",
+    "fold_bn": "qbench.quant.folding",
+    "reparameterize": "qbench.quant.merging",
+    "split_channels": "qbench.quant.splitting",
+}
 
 
 def operation(name: str) -> Callable[[Operation], Operation]:
