@@ -82,7 +82,7 @@ def readme(language: str) -> list[str]:
 
 def test_ci_runs_the_commands_of_the_readme() -> None:
     run, test, *_ = (block.strip() for block in readme("sh"))
-    assert run.endswith("qbench run suites/quickstart.yaml")
+    assert run.endswith("qbench run suites/quickstart.yaml --results my-results")
     assert test in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
