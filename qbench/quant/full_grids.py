@@ -39,7 +39,8 @@ class Grids:
 
     Attributes:
         bits: width of the codes.
-        symmetric: the zero is the code 2**(bits - 1), so that the grid has one step more below 0 than above it.
+        symmetric: the zero is the code 2**(bits - 1), so that the grid has one step more below 0 than above it; largest
+            weights above 0 then are half a step beyond it.
         calibration: the range ends at the extremes, or, `mse24`, at the one of 80 fractions of them that has the least
             sum of errors to the power of 2.4.
     """

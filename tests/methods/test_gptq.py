@@ -29,6 +29,11 @@ class Noise:
         return self.x[list(positions)]
 
 
+class Halves(Noise):
+    def batch(self, positions: Sequence[int]) -> Tensor:
+        return super().batch(positions).half()
+
+
 def data_for(model: nn.Module, records: dict[str, Any] | None = None, images: int = 24) -> Data:
     store = {} if records is None else records
     batches = Batches(Noise(images), torch.device("cpu"), batch_size=8)
@@ -109,6 +114,25 @@ def test_transformers_and_residual_networks_work() -> None:
     for original in (create_model("test_efficientnet"), create_model("test_vit", img_size=16, patch_size=16)):
         model = gptq(copy.deepcopy(original.eval()), data_for(original), bits=4)
         assert len(encodings(model)) == len(named_weight_layers(model))
+
+
+@pytest.mark.parametrize("method", [gptq, obq])
+def test_float16_and_dead_channels(method: Any) -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        original[0].weight[3] = original[0].bias[3] = 0
+        original[2].bias.zero_()
+    original.eval().half()
+    half = Batches(Halves(), torch.device("cpu"), batch_size=8)
+    data = Data(half, None, nn.functional.cross_entropy, reference=copy.deepcopy(original))
+    model = method(copy.deepcopy(original), data, bits=6)
+    assert all(layer.weight.dtype == torch.float16 for layer in named_weight_layers(model).values())
+    assert not model[0].weight[3].any()
+    assert not model[4].weight[:, 3].any()  # it sees zeros only
+    with torch.no_grad():
+        x = Halves().x.half()
+        assert (model(x) - original(x)).norm() < 0.1 * original(x).norm()
 
 
 def test_hqq_needs_no_data_and_takes_transposed_convolutions() -> None:
