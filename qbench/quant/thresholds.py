@@ -106,15 +106,16 @@ def kl_bins(magnitudes: np.ndarray, groups: int, form: Divergence) -> int:
 
     As in TensorRT: the bins beyond the range are added to its last one in the reference, and left out of the quantized
     histogram, in which the bins of a group share their sum evenly where the reference is not empty. Bin 0 does not
-    count: it holds the zeros of a ReLU. Candidates end at a bin that is not empty; 512 of them are tried. With no more
-    occupied bins than levels nothing is clipped.
+    count: it holds the zeros of a ReLU. Candidates end at a bin that is not empty and hold at least as many such bins as
+    levels (a histogram of one bin diverges from nothing); 512 of them are tried. With no more occupied bins than levels
+    nothing is clipped.
     """
     counts = magnitudes.astype(float)
     counts[0] = 0
     occupied = np.flatnonzero(counts)
     if len(occupied) <= groups:
         return len(counts)
-    ends = occupied[occupied >= groups - 1] + 1
+    ends = occupied[groups - 1 :] + 1
     ends = ends[np.unique(np.linspace(0, len(ends) - 1, _CANDIDATES).astype(int))]
     apart = [_apart(counts, int(end), groups, form) for end in ends]
     return int(ends[int(np.argmin(apart))])
