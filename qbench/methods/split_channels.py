@@ -23,19 +23,21 @@ def split_channels(
     data: Data,
     *,
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.02,
+    bits: Annotated[int, Field(ge=2, le=16)] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
     """Double the input channels with the largest weights, and halve these; the float function stays.
 
     The largest weight of a layer gets smaller, and with it the step of a grid that reaches to it, for a little more
-    weights. Weights are halved exactly: this is not the paper's variant for a known grid, which rounds the halves
-    apart. Layers with groups, layers whose forward is not called (their weight is used by their parent), and those that
-    were split before stay as they are; they are recorded as `kept`.
+    weights. Layers with groups, layers whose forward is not called once (their parent uses their weight), and those
+    that were split before stay as they are; they are recorded as `kept`.
 
     Args:
         model: changed in place.
         data: its first calibration image shows which layers are called.
         ratio: copies made, as a share of a layer's input channels, rounded up.
+        bits: of the grid that follows, one symmetric grid per tensor: the halves then lie half a step apart, so that
+            they are rounded to the sum that the whole would be. None halves exactly, which doubles rounding errors.
         skip: names, or first parts of names, of layers to leave as they are.
 
     Raises:
@@ -51,7 +53,9 @@ def split_channels(
             kept.append(name)
             continue
         ranges = input_ranges(layer, weight_of(layer))
-        channels = halvings(ranges, math.ceil(ratio * len(ranges)))
-        structure.apply(model, "split_channels", layer=name, channels=channels)
+        channels, top = halvings(ranges, math.ceil(ratio * len(ranges)))
+        # A quarter of a step is added to the largest half, so the step is what is larger by that.
+        apart = 0.0 if bits is None else top / (2 ** (bits - 1) - 1.25) / 2
+        structure.apply(model, "split_channels", layer=name, channels=channels, apart=apart)
     data.record("split_channels", {"split": len(layers) - len(kept), "kept": kept})
     return model

@@ -14,7 +14,7 @@ from qbench.quant.layers import output_axis
 _INDEX = "split_index"
 
 
-def halvings(ranges: Tensor, count: int) -> list[int]:
+def halvings(ranges: Tensor, count: int) -> tuple[list[int], float]:
     """Which of the channels to halve, one after the other, so that the largest range falls fastest.
 
     Args:
@@ -22,7 +22,8 @@ def halvings(ranges: Tensor, count: int) -> list[int]:
         count: how many copies are made.
 
     Returns:
-        the position of the halved channel for each copy; positions from C on are copies made before.
+        the position of the halved channel for each copy, where positions from C on are copies made before; and the
+        largest range that is left.
     """
     heap = [(-value, position) for position, value in enumerate(ranges.tolist())]
     heapq.heapify(heap)
@@ -32,19 +33,20 @@ def halvings(ranges: Tensor, count: int) -> list[int]:
         chosen.append(position)
         heapq.heappush(heap, (value / 2, position))
         heapq.heappush(heap, (value / 2, copy))
-    return chosen
+    return chosen, -heap[0][0]
 
 
 @structure.operation("split_channels")
-def _split(model: nn.Module, *, layer: str, channels: list[int]) -> None:
-    """Halve the weights of each channel in turn, and append the other half as a channel with the same input."""
+def _split(model: nn.Module, *, layer: str, channels: list[int], apart: float) -> None:
+    """Halve the weights of each channel in turn, and append the other halves, `apart` more, with the same input."""
     target: Any = model.get_submodule(layer)
     axis = 1 - output_axis(target)
     weight = target.weight.detach().clone()
     index = list(range(weight.shape[axis]))
     for channel in channels:
-        weight.select(axis, channel).mul_(0.5)
-        weight = torch.cat([weight, weight.narrow(axis, channel, 1)], axis)
+        half = weight.narrow(axis, channel, 1) / 2
+        weight.narrow(axis, channel, 1).copy_(half - apart / 2)
+        weight = torch.cat([weight, half + apart / 2], axis)
         index.append(index[channel])
     target.weight = nn.Parameter(weight, requires_grad=target.weight.requires_grad)
     setattr(target, "in_features" if isinstance(target, nn.Linear) else "in_channels", len(index))

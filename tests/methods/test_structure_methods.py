@@ -83,7 +83,7 @@ def tiny_repvgg() -> nn.Module:
         (reparameterize, {}, "repvgg", "blocks"),
         (reparameterize, {}, "mobileone", "blocks"),
         (split_channels, {"ratio": 0.1}, "mobilenetv2_035", "split"),
-        (split_channels, {"ratio": 0.5}, "test_vit", "split"),
+        (split_channels, {"ratio": 0.5, "bits": 4}, "test_vit", "split"),
     ],
 )
 def test_the_float_function_stays_and_is_rebuilt(method: Any, options: Any, architecture: str, key: str) -> None:
@@ -253,7 +253,7 @@ def test_reparameterized_blocks_are_one_convolution_each() -> None:
 
 
 def test_the_largest_channels_are_halved_first() -> None:
-    assert halvings(torch.tensor([1.0, 8.0, 3.0]), 4) == [1, 1, 3, 2]
+    assert halvings(torch.tensor([1.0, 8.0, 3.0]), 4) == ([1, 1, 3, 2], 2.0)
     data, layer = Recorded(4, 5), nn.Linear(5, 3)
     with torch.no_grad():
         layer.weight[1, 2] = 10
@@ -267,6 +267,20 @@ def test_the_largest_channels_are_halved_first() -> None:
     assert is_split(layer)
     split_channels(model, data)
     assert layer.weight.shape == (3, 6)
+
+
+def test_halves_that_lie_half_a_step_apart_are_rounded_as_well_as_the_whole() -> None:
+    torch.manual_seed(0)
+    data, layer = Recorded(4, 16), nn.Linear(16, 64)
+    with torch.no_grad():
+        layer.weight[:, 3] *= 4
+        whole = layer.weight.clone()
+        split_channels(nn.Sequential(layer), data, ratio=1 / 16, bits=4)
+        torch.testing.assert_close(layer.weight[:, 3] + layer.weight[:, 16], whole[:, 3])
+        step = layer.weight.abs().max() / 7
+        rtn(nn.Sequential(layer), data, bits=4, granularity="tensor")
+        both = layer.weight[:, 3] + layer.weight[:, 16]
+    assert float((both - whole[:, 3]).abs().max()) <= 0.5001 * float(step)
 
 
 @pytest.mark.parametrize("step", [equalize, smooth, reparameterize, split_channels])
