@@ -106,7 +106,7 @@ def kl_bins(magnitudes: np.ndarray, groups: int, form: Divergence) -> int:
 
     As in TensorRT: the bins beyond the range are added to its last one in the reference, and left out of the quantized
     histogram, in which the bins of a group share their sum evenly where the reference is not empty. Bin 0 does not
-    count: it holds the zeros of a ReLU. Candidates end at a bin that is not empty and hold at least as many such bins as
+    count: it holds the zeros of a ReLU. Candidates end at a bin that is not empty and hold at least as many of these as
     levels (a histogram of one bin diverges from nothing); 512 of them are tried. With no more occupied bins than levels
     nothing is clipped.
     """
