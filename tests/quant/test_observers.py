@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from qbench.quant.encodings import Affine
 from qbench.quant.grids import exact_step
 from qbench.quant.levels import levels_scale
-from qbench.quant.observers import Histogram, search_weight
+from qbench.quant.observers import Histogram, WeightCalibration, search_weight
 from qbench.quant.thresholds import percentile_range
 
 
@@ -58,7 +59,7 @@ def test_the_breakpoint_sweep_finds_the_minimum(seed, n, top):
 @given(
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
-    calibration=st.sampled_from(["minmax", "mse", "percentile"]),
+    calibration=st.sampled_from(get_args(WeightCalibration)),
     seed=st.integers(0, 50),
 )
 def test_every_grid_holds_zero_and_finer_grains_are_no_worse(bits, symmetric, calibration, seed):
@@ -76,7 +77,7 @@ def test_every_grid_holds_zero_and_finer_grains_are_no_worse(bits, symmetric, ca
         assert channel <= mse(weight, granularity="channel", **options | {"calibration": "minmax"}) * tolerance
 
 
-@pytest.mark.parametrize("calibration", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("calibration", get_args(WeightCalibration))
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("constant", [0.0, 1e-38, 0.37, -0.37, 1e30])
 def test_constant_and_dead_rows(calibration, symmetric, constant):
