@@ -26,7 +26,8 @@ def prune(
 
     The zeros hold: a later method either gives these weights the value 0 or stops as unsupported. Uniform grids have a
     0, and `kmeans` and `ecsq` move the level nearest to it there; methods that start from the float network again
-    (`gpfq`), or that share codes between weights (`product`), do not keep zeros.
+    (`gpfq`), or that share codes between weights (`product`), do not keep zeros. Nothing is trained: let `bias_correct`
+    follow, because the mean of each layer's output shifts.
 
     Args:
         model: not quantized yet; changed in place.
