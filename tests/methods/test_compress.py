@@ -36,8 +36,8 @@ def packed(model, path):
 
 @pytest.mark.parametrize("coder", CODERS)
 def test_artifacts_load_back(coder, tmp_path):
-    plain = packed(quantized("kmeans[bits=5]"), tmp_path / "plain.safetensors")
-    model = quantized("kmeans[bits=5]", f"compress[coder={coder}]")
+    plain = packed(quantized("rtn[bits=5]"), tmp_path / "plain.safetensors")
+    model = quantized("rtn[bits=5]", f"compress[coder={coder}]")
     sizes = packed(model, tmp_path / "a.safetensors")
     loaded = packing.load(tmp_path / "a.safetensors")
     for name, value in model.state_dict().items():
