@@ -193,16 +193,26 @@ def test_pooling_padding_and_views_are_passed() -> None:
     torch.testing.assert_close(ranges, input_ranges(model.c, weight_of(model.c)), rtol=1e-4, atol=0)
 
 
-def test_dead_channels_keep_their_bias() -> None:
-    model = Wired("relu").eval()
+def test_dead_channels_do_not_reach_beyond_the_others() -> None:
+    """Neither in the weights that read or write them, nor, where all they write is their bias, in the activations."""
+    data, model = Recorded(2, 3, 8, 8), Wired("relu").eval()
     with torch.no_grad():
+        model.a.bias.fill_(0.1)
         model.a.weight[2] = 1e-10
         model.a.weight[3] = 0
+        model.a.bias[3] = -1
+        model.b.weight[:, 2:4] *= 1000
+        model.a.weight[4] *= 1000
         model.b.weight[:, 4] = 0
-    bias = model.a.bias.detach().clone()
-    equalize(model, Recorded(1, 3, 8, 8))
-    assert torch.equal(model.a.bias[2:5], bias[2:5])
-    assert not torch.equal(model.a.bias[:2], bias[:2])
+        before = model(data.images)
+        equalize(model, data)
+        torch.testing.assert_close(model(data.images), before, rtol=1e-5, atol=1e-5)
+        written, read = output_ranges(model.a, model.a.weight), input_ranges(model.b, model.b.weight)
+    live = [0, 1, 5, 6, 7]
+    assert float(written.max()) <= 1.0001 * float(written[live].max())
+    assert float(read[3]) <= 1.0001 * float(read[live].max())
+    bias = model.a.bias.detach()
+    assert float(bias[2]) <= 1.0001 * float(bias[live].max())
 
 
 def test_high_biases_move_to_the_next_layer() -> None:
