@@ -1,5 +1,6 @@
 """Structural methods change weights and modules, and leave the float function and its replay intact."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -71,6 +72,11 @@ def tiny_repvgg() -> nn.Module:
     return ByobNet(ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=8), num_classes=5)
 
 
+def in_float64(model: nn.Module, images: Tensor) -> Tensor:
+    """Random networks are so badly conditioned that float32 alone costs half of what a method may."""
+    return copy.deepcopy(model).double()(images.double())
+
+
 @pytest.mark.parametrize(
     ("method", "options", "architecture", "key"),
     [
@@ -93,15 +99,15 @@ def test_the_float_function_stays_and_is_rebuilt(method: Any, options: Any, arch
             reparameterize(model, data)
         fold_bn(model, data)
     with torch.no_grad():
-        before = model(data.images)
+        before = in_float64(model, data.images)
         method(model, data, **options)
-        after = model(data.images)
+        after = in_float64(model, data.images)
         assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())
         assert data.recorded[method.__name__][key] > 0
         fresh = build(architecture).eval()
         structure.replay(fresh, structure.record(model))
         fresh.load_state_dict(model.state_dict())
-        assert torch.equal(fresh(data.images), after)
+        assert torch.equal(fresh(data.images), model(data.images))
 
 
 def test_equalized_channels_have_one_range_on_both_sides() -> None:
