@@ -10,17 +10,11 @@ from qbench.errors import UserError
 from qbench.registry import KINDS, Plugin
 
 
-def _load(plugins: list[str]) -> None:
-    registry.load_entry_points()
-    for path in plugins:
-        registry.load_file(path)
-
-
 def show_list(kind: str | None, plugins: list[str], *, as_json: bool) -> None:
     """Print the plugins of one kind, or of all."""
     if kind is not None and kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}{registry.nearest(kind, list(KINDS))}; kinds: {', '.join(KINDS)}")
-    _load(plugins)
+    registry.load_plugins(plugins)
     kinds = [kind] if kind else list(KINDS)
     known = [plugin for k in kinds for plugin in sorted(registry.index(k).values(), key=lambda p: p.name)]
     broken = registry.broken()
@@ -42,7 +36,7 @@ def _entry(plugin: Plugin) -> dict[str, Any]:
 
 def describe(name: str, plugins: list[str], *, as_json: bool) -> None:
     """Print what one plugin is; a name may belong to plugins of several kinds."""
-    _load(plugins)
+    registry.load_plugins(plugins)
     found = [registry.get(kind, name) for kind in KINDS if name in registry.index(kind)]
     if not found:
         everything = [known for kind in KINDS for known in registry.index(kind)]

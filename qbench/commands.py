@@ -54,13 +54,13 @@ def run(
         return 0
     store.check_writable()
     report = reporter(as_json=as_json)
-    todo = _todo(plan, store, redo)
+    todo = _todo(plan, store.read_all()[0], redo)
     preflight.check((t.run for t in todo), cache_dir(), report.message)
     store.folder.mkdir(parents=True, exist_ok=True)
     with locked(store):
         for line in store.tidy():
             report.message(line)
-        todo = _todo(plan, store, redo)
+        todo = _todo(plan, store.read_all()[0], redo)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             if todo:
@@ -74,8 +74,7 @@ def run(
         return _conclude(plan, store, done=len(todo), as_json=as_json)
 
 
-def _todo(plan: Plan, store: Store, redo: str | None) -> list[Todo]:
-    known, _ = store.read_all()
+def _todo(plan: Plan, known: dict[str, Result], redo: str | None = None) -> list[Todo]:
     return outstanding(plan, known, cache_dir() / "artifacts", typing.cast("Redo | None", redo))
 
 
@@ -98,7 +97,7 @@ def _conclude(plan: Plan, store: Store, *, done: int, as_json: bool) -> int:
 
 def _show_plan(plan: Plan, store: Store, redo: str | None, *, as_json: bool) -> None:
     known, damaged = store.read_all()
-    todo = {t.run.key: t for t in _todo(plan, store, redo)}
+    todo = {t.run.key: t for t in _todo(plan, known, redo)}
     estimate = _estimate(todo.values(), known)
     if as_json:
         runs = [{"key": r.key, "label": r.label, "todo": _what(todo.get(r.key))} for r in plan.runs]
@@ -133,8 +132,8 @@ def status(
     plan = _plan(suite, plugins, settings, only)
     store = Store(results / plan.suite.name)
     known, damaged = store.read_all()
-    todo = {t.run.key: t for t in outstanding(plan, known, cache_dir() / "artifacts")}
-    stale = {t.run.key for t in outstanding(plan, known, cache_dir() / "artifacts", "stale")} - todo.keys()
+    todo = {t.run.key: t for t in _todo(plan, known)}
+    stale = {t.run.key for t in _todo(plan, known, "stale")} - todo.keys()
     lines = []
     for r in plan.runs:
         result = known.get(r.key)
@@ -210,9 +209,7 @@ def check(name: str, plugins: list[str], *, as_json: bool) -> int:
     """Run the conformance kit on one method; returns 1 when it breaks a promise."""
     from qbench.check import check_method
 
-    registry.load_entry_points()
-    for path in plugins:
-        registry.load_file(path)
+    registry.load_plugins(plugins)
     reference = registry.resolve("method", *registry.parse(name))
     checks = list(check_method(reference))
     if as_json:
@@ -227,9 +224,7 @@ def train(model: str, dataset: str, out: Path, *, plugins: list[str], **options:
     """Train a float checkpoint from random weights."""
     from qbench.train import train as train_checkpoint
 
-    registry.load_entry_points()
-    for path in plugins:
-        registry.load_file(path)
+    registry.load_plugins(plugins)
     references = (
         registry.resolve("model", *registry.parse(model)),
         registry.resolve("dataset", *registry.parse(dataset)),

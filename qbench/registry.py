@@ -19,7 +19,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -351,6 +351,13 @@ def load_entry_points() -> None:
             entry.load()
         except (Exception, SystemExit) as error:
             _BROKEN[f"{entry.name} ({entry.value})"] = f"{type(error).__name__}: {error}"
+
+
+def load_plugins(files: Iterable[str]) -> None:
+    """Import the plugins of installed packages and of these files."""
+    load_entry_points()
+    for path in files:
+        load_file(path)
 
 
 def broken() -> dict[str, str]:

@@ -37,6 +37,7 @@ class Workspace:
         self._dataset, self._calibration = dataset, calibration
         self.model: Model = model()
         self.cache, self.device = cache, device
+        self._opened: dict[str, ImageArray] = {}
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -46,8 +47,10 @@ class Workspace:
 
     def images(self, name: str) -> ImageArray:
         """The preprocessed images of the split `train`, `calibration` or `evaluation`."""
-        split: Split = getattr(self.dataset, name)
-        return open_images(split, self.model.preprocess, self.dataset.fingerprint, self.cache, name)
+        if name not in self._opened:
+            split: Split = getattr(self.dataset, name)
+            self._opened[name] = open_images(split, self.model.preprocess, self.dataset.fingerprint, self.cache, name)
+        return self._opened[name]
 
     def data(self, *, seed: int, trains: bool, **fields: Any) -> Data:
         """What methods see.
