@@ -1,9 +1,6 @@
 """Quantized activations."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +8,8 @@ from torch import nn
 
 from qbench.data import Data
 from qbench.errors import Unsupported
-from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, input_quantizer, quantize_input
+from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
+from qbench.quant.input_histograms import observed
 from qbench.quant.layers import select_layers
 from qbench.quant.observers import Calibration, Histogram
 from qbench.registry import EdgeBits, method
@@ -86,26 +84,3 @@ def activations(
             quantize_input(layer, DynamicQuantizer(width, symmetric, "token" if tokens else "tensor"))
     data.record("activations", {"quantized": len(reached), "unreached": sorted(layers.keys() - reached)})
     return model
-
-
-@contextmanager
-def observed(layers: dict[str, nn.Module], histograms: dict[str, Histogram]) -> Iterator[None]:
-    """While active, each layer's input is counted in its histogram, and input quantizers are off."""
-
-    def see(histogram: Histogram, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        histogram.observe(inputs[0])
-
-    hooks = []
-    quantizers = {name: input_quantizer(layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if quantizers[name] is not None:
-            quantize_input(layer, nn.Identity())
-        hooks.append(layer.register_forward_pre_hook(partial(see, histograms[name])))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, quantizer in quantizers.items():
-            if quantizer is not None:
-                quantize_input(layers[name], quantizer)

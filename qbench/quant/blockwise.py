@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qbench.data import Data
-from qbench.methods.activations import observed
 from qbench.quant.activations import StaticQuantizer, input_quantizer, input_quantizers, quantize_input
 from qbench.quant.blocks import blocks
 from qbench.quant.encodings import Affine
 from qbench.quant.fakequant import LearnedInput, keep_positive, quantize_weight
+from qbench.quant.input_histograms import observed
 from qbench.quant.layers import encode, named_weight_layers, output_axis, select_layers
 from qbench.quant.observers import Histogram
 from qbench.quant.reconstruction import Cache, Groups, distance, float_weight, minimise, reconstruct
