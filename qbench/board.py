@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qbench.alarms import finer
 from qbench.metrics.ap import Matches, paired_interval
 from qbench.metrics.energy import millijoules
 from qbench.metrics.ratio import paired_ratio
@@ -15,6 +16,17 @@ from qbench.run import Measurement, Result
 from qbench.stats import Interval, paired_difference, ranks
 
 Outcomes = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A row that is significantly worse than one that it should be better than."""
+
+    how: str
+    """It is finer: "more bits", for example."""
+    other: Row
+    difference: Interval
+    """Paired; negative."""
 
 
 @dataclass
@@ -32,6 +44,7 @@ class Row:
     """Judged metrics: `size_mib`, `ratio`, `latency_ratio` ..."""
     notes: dict[str, str] = field(default_factory=dict)
     """Why a metric was not measured."""
+    alarms: list[Alarm] = field(default_factory=list)
 
     @property
     def key(self) -> str:
@@ -87,14 +100,27 @@ def _table(dataset: str, model: str, results: list[Result], outcomes: Callable[[
     ranked = [row for row in rows if row.score is not None and row is not reference]
     ranked.sort(key=lambda row: -(row.score or 0))
 
+    def difference(a: Row, b: Row) -> Interval:
+        return judge.difference(*([r for r in row.results if r.status == "ok"] for row in (a, b)))
+
     def beats(i: int, j: int) -> bool:
-        good = [[r for r in ranked[k].results if r.status == "ok"] for k in (i, j)]
-        return judge.difference(*good).excludes_zero
+        return difference(ranked[i], ranked[j]).excludes_zero
 
     for row, rank in zip(ranked, ranks([row.score or 0.0 for row in ranked], beats), strict=True):
         row.rank = rank
+    for row in ranked:
+        row.alarms = _alarms(row, ranked, difference)
     rest = [row for row in rows if row.score is None]
     return Table(dataset, model, task, [*([reference] if reference else []), *ranked, *rest], reference)
+
+
+def _alarms(row: Row, others: list[Row], difference: Callable[[Row, Row], Interval]) -> list[Alarm]:
+    found = []
+    for other in others:
+        how = finer(*(r.results[0].identity["recipe"] for r in (row, other)))
+        if how is not None and (worse := difference(row, other)).high < 0:
+            found.append(Alarm(how, other, worse))
+    return found
 
 
 class _Classification:

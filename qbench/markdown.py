@@ -88,7 +88,7 @@ def section(board: Table) -> str:
     headers += [title for title, _, _ in shown] + extra + ["status"]
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     absent = _absent(rows, {metric for _, metric, _ in shown})
-    below = [f"<sup>{number}</sup> {text}" for text, number in notes.items()] + absent
+    below = [f"<sup>{number}</sup> {text}" for text, number in notes.items()] + absent + _alarms(rows)
     return "\n\n".join([f"## {board.dataset} · {board.model}", table, "  \n".join(below), _provenance(rows)])
 
 
@@ -98,7 +98,8 @@ def _line(
     name = row.recipe if len(row.results) == 1 else f"{row.recipe} ({len(row.results)} seeds)"
     score = NOT_MEASURED if row.score is None else f"{100 * row.score:.2f}"
     reference = board.reference is row
-    line = [row.rank, f"{name} (reference)" if reference else name, _bits(row), score, _drop(row.drop)]
+    name += " (reference)" if reference else " ⚠" if row.alarms else ""
+    line = [row.rank, name, _bits(row), score, _drop(row.drop)]
     for _, metric, cell in shown:
         text = cell(row.cells)
         if text is None:
@@ -131,6 +132,18 @@ def _drop(drop: Interval | None) -> str:
     if drop is None:
         return NOT_MEASURED
     return f"{100 * drop.estimate:+.2f} [{100 * drop.low:+.2f}, {100 * drop.high:+.2f}]"
+
+
+def _alarms(rows: list[Row]) -> list[str]:
+    """One line for each pair of rows in the wrong order."""
+    lines = []
+    for row in rows:
+        for alarm in row.alarms:
+            worse, better = (f"{r.recipe} ({100 * (r.score or 0):.2f})" for r in (row, alarm.other))
+            d = alarm.difference
+            by = f"{-100 * d.estimate:.2f} [{-100 * d.high:.2f}, {-100 * d.low:.2f}]"
+            lines.append(f"⚠ {alarm.how}, worse: {worse} is below {better} by {by}")
+    return lines
 
 
 def _absent(rows: list[Row], shown: set[str]) -> list[str]:
@@ -206,6 +219,7 @@ def _record(board: Table, row: Row) -> dict[str, Any]:
         "rank": row.rank,
         "status": row.status,
         "score": row.score,
+        "alarm": "; ".join(f"{alarm.how}, worse than {alarm.other.recipe}" for alarm in row.alarms),
     }
     for name, value in {"difference": row.drop, **row.cells}.items():
         if isinstance(value, Interval):

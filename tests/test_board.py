@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from qbench.board import tables
-from qbench.markdown import publish, render
+from qbench.markdown import frame, publish, render
+from qbench.registry import parse
 from qbench.run import Measurement, Result, Status
 
 N = 400
@@ -24,6 +25,7 @@ def result(
         identity={
             "dataset": ["data", {}, "d0"],
             "model": ["net", {}, "w0"],
+            "recipe": [list(parse(step)) for step in recipe.split(" + ")],
             "calibration": [16, 0, "m0"],
             "seed": seed,
         },
@@ -109,6 +111,29 @@ def test_without_a_reference_there_is_no_drop() -> None:
     table = judge(result("good", 388))
     assert table.reference is None
     assert table.rows[0].drop is None
+
+
+def test_more_bits_that_are_significantly_worse_raise_an_alarm() -> None:
+    table = judge(result("rtn[bits=8]", 300), result("rtn[bits=6]", 340), result("rtn[bits=4]", 301))
+    worse = next(row for row in table.rows if row.recipe == "rtn[bits=8]")
+    (alarm,) = worse.alarms
+    assert (alarm.how, alarm.other.recipe) == ("more bits", "rtn[bits=6]")
+    assert alarm.difference.estimate == pytest.approx(-40 / N)
+    page = render([table], title="t")
+    assert "rtn[bits=8] ⚠" in page
+    assert "⚠ more bits, worse: rtn[bits=8] (75.00) is below rtn[bits=6] (85.00) by 10.00 [" in page
+    assert page.count("⚠") == 2
+    flags = frame([table]).set_index("recipe")["alarm"]
+    assert flags["rtn[bits=8]"] == "more bits, worse than rtn[bits=6]"
+    assert flags["rtn[bits=4]"] == ""
+
+
+def test_no_alarm_without_significance_or_for_other_recipes() -> None:
+    quiet = judge(result("rtn[bits=8]", 338), result("rtn[bits=6]", 340), result("kmeans[bits=4]", 390))
+    assert not any(row.alarms for row in quiet.rows)
+    right = judge(result("rtn[bits=8]", 340), result("rtn[bits=6]", 300), result("rtn[bits=9]", 0, status="error"))
+    assert not any(row.alarms for row in right.rows)
+    assert "⚠" not in render([quiet, right], title="t")
 
 
 def test_published_files(tmp_path: Path) -> None:
