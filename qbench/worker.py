@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import resource
 import sys
 import time
@@ -247,7 +248,7 @@ def bits(model: nn.Module) -> dict[str, float | None]:
     """Average bits of the encoded weights, and of the quantized inputs; None where nothing is quantized."""
     attached = encodings(model).values()
     numbers = sum(encoding.decode().numel() for encoding in attached)
-    widths = [int(q.bits) for q in activations.input_quantizers(model).values() if isinstance(q.bits, int)]
+    widths = [math.log2(q.levels) for q in activations.input_quantizers(model).values() if isinstance(q.levels, int)]
     return {
         "weights": sum(encoding.nominal_bits for encoding in attached) / numbers if numbers else None,
         "activations": sum(widths) / len(widths) if widths else None,

@@ -10,7 +10,11 @@ from qbench.registry import parse, resolve
 # What is run where the defaults take too long (training), or where further options are another path through the code.
 REFERENCES = {
     "adaround": ["adaround[steps=5]", "adaround[bits=3,steps=5,granularity=tensor,symmetric=false]"],
-    "activations": ["activations[mode=static]", "activations[mode=dynamic,granularity=token]"],
+    "activations": [
+        "activations[mode=static]",
+        "activations[mode=dynamic,granularity=token]",
+        "activations[bits=4,matmuls=true,softmax=log_sqrt2]",
+    ],
     "adaquant": ["adaquant[steps=2]"],
     "brecq": ["brecq[steps=2]"],
     "cast": ["cast", "cast[dtype=float8_e5m2]"],

@@ -7,11 +7,14 @@ from pydantic import Field
 from torch import nn
 
 from qbench.data import Data
-from qbench.errors import Unsupported
+from qbench.errors import Unsupported, UserError
 from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
 from qbench.quant.input_histograms import observed
 from qbench.quant.layers import select_layers
+from qbench.quant.log_quantizer import LogQuantizer
+from qbench.quant.matmuls import expose, operands
 from qbench.quant.observers import Calibration, Histogram
+from qbench.quant.origins import origins
 from qbench.registry import EdgeBits, method
 
 
@@ -27,6 +30,8 @@ def activations(
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99,
     power_of_two: bool = False,
     symmetric: bool = False,
+    matmuls: bool = False,
+    softmax: Literal["uniform", "log2", "log_sqrt2"] = "uniform",
     edge_bits: EdgeBits = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -48,29 +53,48 @@ def activations(
         percentile: cut off at either end of a static range, in percent.
         power_of_two: every static scale is the power of two, near the calibrated one, with the least squared error.
         symmetric: signed codes with zero point 0, where there are negative values.
+        matmuls: quantize the operands of products of activations (queries, keys, softmax, values), too. Dynamic ranges
+            of operands are one an image.
+        softmax: of the operands that a softmax returns: a uniform grid, or powers of two (in the manner of FQ-ViT,
+            arXiv:2111.13824) or of its square root (RepQ-ViT, arXiv:2212.08254) below the end of the static range.
         edge_bits: bits of the inputs of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers whose input stays in float.
 
     Raises:
-        Unsupported: tokens without a linear layer, or static tokens.
+        Unsupported: tokens without a linear layer, or static tokens; no products of activations, or some that cannot
+            be taken out of their function.
+        UserError: a logarithmic softmax without static operands.
     """
-    layers = {name: (layer, width) for name, layer, width in select_layers(model, bits, edge_bits, skip)}
     if granularity == "token" and mode == "static":
         raise Unsupported("a static range for every token does not exist; use mode=dynamic")
-    if granularity == "token" and not any(isinstance(layer, nn.Linear) for layer, _ in layers.values()):
+    if softmax != "uniform" and not (matmuls and mode == "static"):
+        raise UserError(f"softmax={softmax} is for operands with static ranges: set matmuls=true and mode=static")
+    widths = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
+    layers = {name: model.get_submodule(name) for name in widths}
+    if granularity == "token" and not any(isinstance(layer, nn.Linear) for layer in layers.values()):
         raise Unsupported("granularity=token needs linear layers; the model has none to quantize")
+    model.eval()
+    if matmuls:
+        expose(model, data.example)
+        layers |= operands(model, skip)
     histograms = {name: Histogram() for name in layers}
     batches = data.calibration if mode == "static" else data.calibration.first(1)
-    model.eval()
-    with observed({name: layer for name, (layer, _) in layers.items()}, histograms), torch.no_grad():
+    with observed(layers, histograms), torch.no_grad():
         for done, images in enumerate(batches, 1):
             model(images)
             data.progress(done / len(batches))
-    reached = {name for name, histogram in histograms.items() if histogram.seen}
-    for name in reached:
-        (layer, width), histogram = layers[name], histograms[name]
-        signed = symmetric and histogram.low < 0
-        if mode == "static":
+    probabilities = origins(model, data.example, ["_softmax"], operands(model)) if softmax != "uniform" else {}
+    reached = {name: histogram for name, histogram in histograms.items() if histogram.seen}
+    for name, histogram in reached.items():
+        layer, width = layers[name], widths.get(name, bits)
+        if mode == "dynamic":
+            tokens = granularity == "token" and isinstance(layer, nn.Linear)
+            quantize_input(layer, DynamicQuantizer(width, symmetric, "token" if tokens else "tensor"))
+        elif name in probabilities:
+            top = histogram.range(calibration, percentile, bits=width)[1]
+            quantize_input(layer, LogQuantizer(width, 1 if softmax == "log2" else 2, top))
+        else:
+            signed = symmetric and histogram.low < 0
             scale, zero = histogram.grid(
                 bits=width,
                 symmetric=signed,
@@ -79,8 +103,5 @@ def activations(
                 power_of_two=power_of_two,
             )
             quantize_input(layer, StaticQuantizer(width, signed, scale, zero))
-        else:
-            tokens = granularity == "token" and isinstance(layer, nn.Linear)
-            quantize_input(layer, DynamicQuantizer(width, symmetric, "token" if tokens else "tensor"))
     data.record("activations", {"quantized": len(reached), "unreached": sorted(layers.keys() - reached)})
     return model

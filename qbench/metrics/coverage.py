@@ -14,6 +14,7 @@ from qbench.metrics.base import Finished
 from qbench.quant.activations import input_quantizers
 from qbench.quant.audit import audit
 from qbench.quant.layers import WEIGHT_LAYERS, encodings
+from qbench.quant.matmuls import MatMul, products
 from qbench.registry import metric
 
 
@@ -22,8 +23,8 @@ def coverage(finished: Finished) -> dict[str, Any]:
     """Share of weights and of multiply-accumulates that are really quantized.
 
     `weights_*` are numbers of the network's parameters; `macs_*` are multiply-accumulates of one image, of which
-    `weights` have quantized weights, and `both` quantized inputs too. The total includes products of activations
-    (attention), which no weight quantizer reaches. `levels` is the audit of every encoding.
+    `weights` have quantized weights, and `both` have both factors quantized: weights and inputs, or the two operands
+    of a product of activations (attention). `levels` is the audit of every encoding.
     """
     model = finished.quantized
     encoded = encodings(model)
@@ -31,15 +32,17 @@ def coverage(finished: Finished) -> dict[str, Any]:
     # By identity: a tied parameter counts once.
     quantized = {id(p): p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name in encoded}
     total, by_layer = macs(model, finished.data.example)
-    inputs = input_quantizers(model)
+    inputs = input_quantizers(model).keys()
     with_weights = {name: count for name, count in by_layer.items() if _weight(name) in encoded}
+    both = {name for name in with_weights if name in inputs}
+    both |= {name for name in products(model) if {f"{name}.left", f"{name}.right"} <= inputs}
     return {
         "value": 100 * sum(quantized.values()) / numbers,
         "weights_total": numbers,
         "weights_quantized": sum(quantized.values()),
         "macs_total": total,
         "macs_weights": sum(with_weights.values()),
-        "macs_both": sum(count for name, count in with_weights.items() if name in inputs),
+        "macs_both": sum(count for name, count in by_layer.items() if name in both),
         "levels": audit(model),
     }
 
@@ -49,7 +52,7 @@ def _weight(layer: str) -> str:
 
 
 def macs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]:
-    """Multiply-accumulates of one forward pass: all of them, and those of each convolution and linear layer by name."""
+    """Multiply-accumulates of one forward pass: all of them, and those of each layer and exposed product by name."""
     counter = FlopCounterMode(display=False)
     by_layer: dict[str, int] = {}
     with torch.no_grad(), _counted(model, counter, by_layer), counter:
@@ -69,7 +72,7 @@ def _counted(model: nn.Module, counter: FlopCounterMode, by_layer: dict[str, int
 
     hooks = []
     for name, layer in model.named_modules():
-        if isinstance(layer, WEIGHT_LAYERS):
+        if isinstance(layer, (*WEIGHT_LAYERS, MatMul)):
             hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: enter(name)))
             hooks.append(layer.register_forward_hook(lambda *_, name=name: leave(name)))
     try:

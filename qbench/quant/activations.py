@@ -1,6 +1,7 @@
 """Activation quantizers: modules attached to a layer's input, static or dynamic, of any bit width.
 
 They simulate integers in float (quantize, then dequantize); torch.export, torch.jit and OpenVINO trace through them.
+The operands of products of activations are inputs of modules, too (`qbench.quant.matmuls`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from qbench.quant.log_quantizer import LogQuantizer
+from qbench.quant.twin_quantizers import TwinGelu, TwinSoftmax
 
 _NAME = "input_quantizer"
 
@@ -36,6 +40,11 @@ class StaticQuantizer(nn.Module):
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("zero_point", torch.tensor(int(zero_point), dtype=torch.int32))
 
+    @property
+    def levels(self) -> int:
+        """Distinct values."""
+        return int(2**self.bits)
+
     def config(self) -> dict[str, Any]:
         return {"bits": self.bits, "symmetric": self.symmetric}
 
@@ -54,6 +63,11 @@ class DynamicQuantizer(nn.Module):
         super().__init__()
         self.bits, self.symmetric, self.granularity = bits, symmetric, granularity
 
+    @property
+    def levels(self) -> int:
+        """Distinct values that share a scale."""
+        return int(2**self.bits)
+
     def config(self) -> dict[str, Any]:
         return {"bits": self.bits, "symmetric": self.symmetric, "granularity": self.granularity}
 
@@ -71,7 +85,8 @@ class DynamicQuantizer(nn.Module):
         return ((x / scale).round() + zero).clamp(0, top).sub(zero) * scale
 
 
-_KINDS: dict[str, type[nn.Module]] = {cls.kind: cls for cls in (StaticQuantizer, DynamicQuantizer)}
+_CLASSES: tuple[type[Any], ...] = (StaticQuantizer, DynamicQuantizer, LogQuantizer, TwinSoftmax, TwinGelu)
+_KINDS: dict[str, type[nn.Module]] = {cls.kind: cls for cls in _CLASSES}
 
 
 def _quantize(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

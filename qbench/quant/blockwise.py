@@ -159,7 +159,9 @@ class _Unit:
             self.grids[inner] = fitted_grid(
                 weight, weights[name], symmetric=s.symmetric, granularity=s.granularity, axis=output_axis(layer)
             )
-        self.quantizers = {i: given[self._full(i)] for i in self.layers if self._full(i) in given}
+        # Of operands of products, too, which are no layers.
+        inside = (inner for inner, _ in self.stop.layer.named_modules())
+        self.quantizers = {inner: given[self._full(inner)] for inner in inside if self._full(inner) in given}
         wanted = {i: inputs[self._full(i)] for i in self.layers if self._full(i) in inputs and i not in self.quantizers}
         self.quantizers |= self._fitted(wanted)
 
@@ -187,7 +189,7 @@ class _Unit:
         """Put the start on the unit."""
         self._encode()
         for inner, quantizer in self.quantizers.items():
-            quantize_input(self.layers[inner], quantizer)
+            quantize_input(self.stop.layer.get_submodule(inner), quantizer)
 
     def learn(self, cache: Cache) -> None:
         """Learn roundings and steps: together where inputs are dropped, else one after the other."""
@@ -234,7 +236,7 @@ class _Unit:
         learned: list[LearnedInput] = []
         others: list[Callable[[], None]] = []
         for inner, quantizer in self.quantizers.items():
-            layer = self.layers[inner]
+            layer = self.stop.layer.get_submodule(inner)
             if isinstance(quantizer, StaticQuantizer):
                 learned.append(DroppedInput(quantizer, self.settings.keep, self.generator))
                 quantize_input(layer, learned[-1])

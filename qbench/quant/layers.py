@@ -63,7 +63,7 @@ def select_layers(
     own = _by_name(names, layer_bits or {})
     seen: set[int] = set()
     for name, layer in layers.items():
-        if any(_within(name, prefix) for prefix in skip) or id(layer.weight) in seen:
+        if any(within(name, prefix) for prefix in skip) or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))
         usual = bits if edge_bits is None or name not in (names[0], names[-1]) else edge_bits
@@ -72,14 +72,15 @@ def select_layers(
             yield name, layer, chosen
 
 
-def _within(name: str, prefix: str) -> bool:
+def within(name: str, prefix: str) -> bool:
+    """Whether the name equals the prefix, or is that of something inside of it."""
     return name == prefix or name.startswith(prefix + ".")
 
 
 def _by_name(names: list[str], layer_bits: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for prefix in sorted(layer_bits, key=len):
-        named = [name for name in names if _within(name, prefix)]
+        named = [name for name in names if within(name, prefix)]
         if not named:
             raise UserError(f"layer_bits: no layer is named {prefix!r} or begins with {prefix + '.'!r}")
         found |= dict.fromkeys(named, layer_bits[prefix])

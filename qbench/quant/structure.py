@@ -18,6 +18,7 @@ _RECORD = "qbench_structure"
 _BUILT_IN = {
     "add_bias": "qbench.quant.biases",
     "channel_clip": "qbench.quant.channel_clip",
+    "expose_matmuls": "qbench.quant.matmuls",
     "fold_bn": "qbench.quant.folding",
     "reparameterize": "qbench.quant.merging",
     "split_channels": "qbench.quant.splitting",

@@ -13,6 +13,7 @@ from qbench.errors import Unsupported
 from qbench.quant.activations import StaticQuantizer, input_quantizer, input_quantizers, quantize_input
 from qbench.quant.encodings import Affine, Encoding
 from qbench.quant.layers import encodings, named_weight_layers, output_axis
+from qbench.quant.matmuls import MatMul, operands, products
 
 NOT = "not deployable as integers: "
 _FLOAT_KINDS = {
@@ -31,10 +32,11 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def judge(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The layers that can run on integers, and the others with the reason.
+    """The layers and products of activations that can run on integers, and the other layers with the reason.
 
     Raises:
-        Unsupported: there is none, or a layer whose input is quantized cannot: it would run a simulation.
+        Unsupported: there is no such layer, or one whose input is quantized, or a product whose operands are, cannot:
+            it would run a simulation.
     """
     attached = encodings(model)
     layers = named_weight_layers(model)
@@ -42,8 +44,9 @@ def judge(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
         name: why_float(layer, attached.get(f"{name}.weight" if name else "weight")) for name, layer in layers.items()
     }
     floats = {name: reason for name, reason in reasons.items() if reason is not None}
+    factors = operands(model)
     for name in input_quantizers(model):
-        if name not in layers:
+        if name not in layers and name not in factors:
             raise Unsupported(f"{NOT}{name} has a quantizer but is no convolution or linear layer")
     if floats and len(floats) == len(layers):
         reason, count = Counter(floats.values()).most_common(1)[0]
@@ -51,7 +54,14 @@ def judge(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     for name, reason in floats.items():
         if input_quantizer(layers[name]) is not None:
             raise Unsupported(f"{NOT}{reason} ({name})")
-    return tuple(name for name in layers if name not in floats), floats
+    integer = [name for name in layers if name not in floats]
+    for name, product in products(model).items():
+        if any(input_quantizer(operand) is not None for operand in product.children()):
+            simulated = _why_float_product(product)
+            if simulated is not None:
+                raise Unsupported(f"{NOT}{simulated} ({name})")
+            integer.append(name)
+    return tuple(integer), floats
 
 
 def why_float(layer: nn.Module, encoding: Encoding | None) -> str | None:
@@ -80,6 +90,19 @@ def _why_float_input(quantizer: nn.Module | None) -> str | None:
         return f"{getattr(quantizer, 'kind', type(quantizer).__name__)} input quantizers"
     if quantizer.bits > 8:
         return f"inputs of {quantizer.bits} bits"
+    return None
+
+
+def _why_float_product(product: MatMul) -> str | None:
+    quantizers = [input_quantizer(operand) for operand in product.children()]
+    if None in quantizers:
+        return "a product of activations of which one operand is float"
+    for quantizer in quantizers:
+        reason = _why_float_input(quantizer)
+        if reason is not None:
+            return f"operands of products of activations with {reason}"
+        if int(quantizer.zero_point):  # type: ignore[union-attr, arg-type]
+            return "operands of products of activations with a zero point (symmetric=true has none)"
     return None
 
 
@@ -130,14 +153,23 @@ class _IntegerInput(nn.Module):
 
 
 def with_integers(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """A copy on the CPU whose layers `names` have weights made of int8 codes, and inputs quantized to 8 bits."""
+    """A copy on the CPU where `names` have weights made of int8 codes, and inputs or operands quantized to 8 bits."""
     attached = encodings(model)
     copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name in names:
-        layer, encoding = copied.get_submodule(name), attached[f"{name}.weight" if name else "weight"]
-        quantizer = input_quantizer(layer)
+        layer = copied.get_submodule(name)
+        if isinstance(layer, MatMul):
+            for operand in layer.children():
+                _quantize_as_integers(operand)
+            continue
+        encoding = attached[f"{name}.weight" if name else "weight"]
         assert isinstance(encoding, Affine)
-        assert isinstance(quantizer, StaticQuantizer)
         parametrize.register_parametrization(layer, "weight", _IntegerWeight(encoding), unsafe=True)
-        quantize_input(layer, _IntegerInput(quantizer))
+        _quantize_as_integers(layer)
     return copied
+
+
+def _quantize_as_integers(layer: nn.Module) -> None:
+    quantizer = input_quantizer(layer)
+    assert isinstance(quantizer, StaticQuantizer)
+    quantize_input(layer, _IntegerInput(quantizer))

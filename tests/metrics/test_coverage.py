@@ -14,6 +14,7 @@ from qbench.quant.activations import StaticQuantizer, quantize_input
 from qbench.quant.audit import audit, distinct
 from qbench.quant.encodings import Affine, Cast, Codebook, Rotated, Sum, VectorCodebook
 from qbench.quant.layers import encode
+from qbench.quant.matmuls import expose
 from qbench.quant.packing import Sizes
 
 
@@ -135,3 +136,15 @@ def test_a_false_claim_shows():
 def test_distinct():
     assert distinct(torch.tensor([[1.0, 1.0, 2.0], [0.0, -0.0, 0.0]])) == 2
     assert distinct(torch.zeros(0, 3)) == 0
+
+
+def test_coverage_of_products_of_activations(net):
+    expose(net, torch.randn(1, 8, 4))
+    total, by_layer = macs(net, torch.randn(1, 8, 4))
+    assert total == 3 * 8 * 16 + 2 * 8 * 8 * 4
+    assert by_layer["matmul0"] == by_layer["matmul1"] == 8 * 8 * 4
+    quantize_input(net.matmul0.left, StaticQuantizer(8, True, 0.1))
+    assert coverage(finished(net))["macs_both"] == 0
+    quantize_input(net.matmul0.right, StaticQuantizer(8, True, 0.1))
+    counted = coverage(finished(net))
+    assert (counted["macs_both"], counted["macs_weights"], counted["macs_total"]) == (8 * 8 * 4, 0, total)

@@ -16,6 +16,8 @@ from qbench.errors import Unsupported
 from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
 from qbench.quant.encodings import Affine, Codebook
 from qbench.quant.layers import encode, named_weight_layers, output_axis, weight_of
+from qbench.quant.log_quantizer import LogQuantizer
+from qbench.quant.matmuls import expose, operands, products
 from qbench.runtimes.base import Compiled, flatten
 
 pytest.importorskip("openvino", reason="the runtime is an optional extra: pip install 'qbench[openvino]'")
@@ -34,7 +36,7 @@ def _inputs(model: nn.Module, x: Tensor, bits: int = 8, symmetric: bool = False)
     seen: dict[nn.Module, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda m, i: seen.__setitem__(m, i[0].detach()))
-        for layer in named_weight_layers(model).values()
+        for layer in (named_weight_layers(model) | operands(model)).values()
     ]
     with torch.no_grad():
         model(x)
@@ -127,6 +129,39 @@ def test_a_transformer_runs_on_integers() -> None:
     compiled, (found,), (simulated,) = _pair(model, x)
     assert compiled.integer_layers == len(compiled.claimed_layers) == len(named_weight_layers(model))
     assert np.linalg.norm(found - simulated) < 0.05 * np.linalg.norm(simulated)
+
+
+def _exposed_vit(x: Tensor, symmetric: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, img_size=32, patch_size=8, num_classes=10).eval()
+    expose(model, x)
+    # With 7 bits no sum of two products overflows 16 bits, which is where kernels without VNNI saturate.
+    return _inputs(_weights(model, 7), x, bits=7, symmetric=symmetric)
+
+
+def test_products_of_activations_run_on_integers() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    model = _exposed_vit(x, symmetric=True)
+    compiled, (found,), (simulated,) = _pair(model, x)
+    claimed = named_weight_layers(model).keys() | products(model).keys()
+    assert set(compiled.claimed_layers) == claimed
+    assert compiled.integer_layers == len(claimed) == len(named_weight_layers(model)) + 12
+    assert np.linalg.norm(found - simulated) < 0.05 * np.linalg.norm(simulated)
+
+
+def test_products_that_are_only_simulated_are_refused() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    with pytest.raises(Unsupported, match=r"operands .* with a zero point .*blocks.0.attn.matmul0"):
+        _compile(_exposed_vit(x, symmetric=False), x)
+    model = _exposed_vit(x, symmetric=True)
+    quantize_input(model.get_submodule("blocks.0.attn.matmul1.left"), LogQuantizer(7, 2))
+    with pytest.raises(Unsupported, match=r"operands .* with log input quantizers .*blocks.0.attn.matmul1"):
+        _compile(model, x)
+    model = _exposed_vit(x, symmetric=True)
+    del model.get_submodule("blocks.0.attn.matmul1.left")._modules["input_quantizer"]
+    model.get_submodule("blocks.0.attn.matmul1.left")._forward_pre_hooks.clear()
+    with pytest.raises(Unsupported, match="of which one operand is float"):
+        _compile(model, x)
 
 
 def test_the_float_network_runs_in_float(x: Tensor) -> None:
