@@ -16,6 +16,7 @@ from qbench.quant.channels import channel_rows, refuse_quantized, scale_inputs, 
 from qbench.quant.equalization import equalizing_factors
 from qbench.quant.layers import TRANSPOSED, weight_of
 from qbench.quant.links import Link, links
+from qbench.quant.norm_statistics import rewrite
 from qbench.registry import method
 
 
@@ -60,6 +61,7 @@ def _scale(model: nn.Module, link: Link, factor: Tensor) -> None:
     source.weight.copy_(scale_outputs(source, weight_of(source).double(), 1 / factor))
     if source.bias is not None:
         source.bias.copy_(source.bias.double() / factor)
+    rewrite(source, 1 / factor)
     for name in link.readers:
         reader: Any = model.get_submodule(name)
         reader.weight.copy_(scale_inputs(reader, weight_of(reader).double(), factor))
@@ -85,6 +87,7 @@ def _absorb(model: nn.Module, pairs: list[Link], batches: Batches) -> int:
         for limit in limits:
             limit.copy_(limit.double() - offset.reshape(limit.shape))
         shift_bias(model, link.source, -offset)
+        rewrite(model.get_submodule(link.source), shift=-offset)
         for name in link.readers:
             reader = model.get_submodule(name)
             shift_bias(model, name, scale_inputs(reader, weight_of(reader).double(), offset).flatten(1).sum(1))

@@ -1,10 +1,13 @@
 """Batch-norm folding."""
 
+from typing import Any
+
 from torch import nn
 
 from qbench.data import Data
 from qbench.quant import structure
 from qbench.quant.adjacency import foldable
+from qbench.quant.norm_statistics import affine, remember
 from qbench.registry import method
 
 
@@ -25,6 +28,9 @@ def fold_bn(model: nn.Module, data: Data) -> nn.Module:
     model.eval()
     pairs = foldable(model, data.example)
     for layer, norm in pairs:
+        gone: Any = model.get_submodule(norm)
+        written = affine(gone.weight, gone.bias, len(gone.running_mean))
         structure.apply(model, "fold_bn", layer=layer, norm=norm)
+        remember(model.get_submodule(layer), written)
     data.record("fold_bn", {"folded": len(pairs)})
     return model

@@ -45,7 +45,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     mean, var = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
-    assert isinstance(norm.eps, float)
+    assert isinstance(norm.eps, (int, float))
     scale = (var.double() + norm.eps).rsqrt()
     if isinstance(norm.weight, Tensor):
         scale = scale * norm.weight.double()

@@ -6,7 +6,6 @@ views. A clipping (ReLU6) is noted, for whoever can scale its limit too. All is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,15 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qbench.quant.adjacency import PRODUCTS, ambiguous, memory_of
+from qbench.quant.channel_axes import CLIP, LEAKY, PAD, POOLS, axis_after, channel_axis
 from qbench.quant.layers import named_weight_layers
-
-_RELU = {"relu", "relu_"}
-_CLIP = {"hardtanh", "hardtanh_"}
-_LEAKY = {"leaky_relu", "leaky_relu_"}
-_PAD = "constant_pad_nd"
-_POOLS = {"avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "adaptive_max_pool2d"}
-_VIEWS = {"view", "_unsafe_view"}
-_COPIES = {"clone", "detach", "alias"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +158,7 @@ class _Watch(TorchDispatchMode):
         axis = self._axes.get(tensors[0]) if len(tensors) == 1 and tensors[0] is args[0] else None
         result = func(*args, **kwargs)
         out = result[0] if isinstance(result, (tuple, list)) else result
-        passed = None if axis is None else _axis_after(operation, args, kwargs, axis, out)
+        passed = None if axis is None else axis_after(operation, args, kwargs, axis, out)
         if passed is None:
             self.spoiled.update(flow.source for flow in flows)
             return result
@@ -174,11 +166,11 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _stepped(self, flow: _Flow, operation: str, args: Any, axis: int) -> _Flow:
-        if operation in _CLIP:
+        if operation in CLIP:
             inner = self._inside[-1] if self._inside else ""
             module = inner if isinstance(self.modules[inner], nn.Hardtanh) else ""
             return _Flow(flow.source, (*flow.clips, Clip(module, axis - args[0].dim(), float(args[2]))), flow.shiftable)
-        return _Flow(flow.source, flow.clips, flow.shiftable and operation not in _POOLS | _LEAKY | {_PAD})
+        return _Flow(flow.source, flow.clips, flow.shiftable and operation not in POOLS | LEAKY | {PAD})
 
     def _follow(self, tensor: Tensor, axis: int, flow: _Flow) -> None:
         self._flows[memory_of(tensor)] = flow
@@ -199,7 +191,7 @@ class _Watch(TorchDispatchMode):
                 return
             flow = self._flows.get(memory_of(inputs[0]))
             axis = self._axes.get(inputs[0])
-            if flow is None or axis != _channel_axis(self.layers[name], inputs[0]):
+            if flow is None or axis != channel_axis(self.layers[name], inputs[0]):
                 return
             self._entered[name] = memory_of(inputs[0])
             reading = self._found[flow.source]
@@ -214,7 +206,7 @@ class _Watch(TorchDispatchMode):
             self._inside.pop()
             if name in self.sources and isinstance(output, Tensor) and name not in self._found:
                 own = self.sources[name]
-                axis = _channel_axis(self.layers[name], output) if own is None else own % output.dim()
+                axis = channel_axis(self.layers[name], output) if own is None else own % output.dim()
                 self._found[name] = _Reading()
                 if axis < 0:
                     self.spoiled.add(name)
@@ -222,50 +214,6 @@ class _Watch(TorchDispatchMode):
                     self._follow(output, axis, _Flow(name))
 
         return leave
-
-
-def _axis_after(operation: str, args: Any, kwargs: Any, axis: int, out: Tensor) -> int | None:
-    """Where the channels are behind an operation that a factor on a channel passes through; None for all others."""
-    x = args[0]
-    if operation in _RELU | _LEAKY | _COPIES or (operation in _CLIP and len(args) > 1 and args[1] == 0):
-        return axis
-    if operation in _VIEWS:
-        return _axis_of_view(x.shape, out.shape, axis)
-    if operation == _PAD:
-        value = args[2] if len(args) > 2 else kwargs.get("value", 0)
-        return axis if value == 0 and axis < x.dim() - len(args[1]) // 2 else None
-    if operation in _POOLS:
-        return axis if axis == x.dim() - 3 else None
-    if operation == "permute":
-        return [d % x.dim() for d in args[1]].index(axis)
-    if operation in ("transpose", "t"):
-        a, b = (0, 1) if operation == "t" else (args[1] % x.dim(), args[2] % x.dim())
-        return {a: b, b: a}.get(axis, axis)
-    if operation in ("select", "slice", "mean") and len(args) > 1:
-        dims = {d % x.dim() for d in ([args[1]] if isinstance(args[1], int) else args[1])}
-        keeps = operation == "slice" or (operation == "mean" and len(args) > 2 and args[2])
-        return None if axis in dims else axis if keeps else axis - sum(d < axis for d in dims)
-    return None
-
-
-def _axis_of_view(old: torch.Size, new: torch.Size, axis: int) -> int | None:
-    """The axis of the new shape that has the same channels: as many of them, with as much in front and behind."""
-    front, behind = math.prod(old[:axis]), math.prod(old[axis + 1 :])
-    found = [
-        i
-        for i, size in enumerate(new)
-        if size == old[axis] and math.prod(new[:i]) == front and math.prod(new[i + 1 :]) == behind
-    ]
-    return found[0] if found else None
-
-
-def _channel_axis(layer: nn.Module, tensor: Tensor) -> int:
-    """Of a layer's input or output; -1, which is no axis of any, for a convolution of a single image."""
-    if isinstance(layer, nn.Linear):
-        return tensor.dim() - 1
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return 1 if tensor.dim() == weight.dim() else -1
 
 
 def called(model: nn.Module, example: Tensor) -> set[str]:

@@ -33,7 +33,7 @@ def data_for(reference: nn.Module | None) -> Data:
     return Data(batches, None, nn.functional.cross_entropy, reference=reference)
 
 
-def layer_means(model: nn.Module) -> dict[str, Tensor]:
+def layer_means(model: nn.Module, images: Tensor = Noise.x) -> dict[str, Tensor]:
     means = {}
     handles = [
         layer.register_forward_hook(
@@ -44,7 +44,7 @@ def layer_means(model: nn.Module) -> dict[str, Tensor]:
         for name, layer in named_weight_layers(model).items()
     ]
     with torch.no_grad():
-        model(Noise.x)
+        model(images)
     for handle in handles:
         handle.remove()
     return means
@@ -66,6 +66,59 @@ def test_means_agree_in_every_layer(architecture: str, fold: bool) -> None:
     fresh = create_model(architecture, **options).eval()
     structure.replay(fresh, structure.record(model))
     fresh.load_state_dict(model.state_dict())
+
+
+class Still(nn.Module):
+    """Its norm's statistics are exactly those of its input, and each of its channels is normally distributed."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 1, groups=8, bias=False), nn.BatchNorm2d(8, eps=0)
+        self.activation, self.reader = activation, nn.Conv2d(8, 6, 1)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.reader(self.activation(self.norm(self.conv(x))))
+        return self.last(y + y.square())
+
+
+class Normals(Noise):
+    def __init__(self) -> None:
+        values = torch.special.ndtri((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096).float()
+        shuffled = torch.stack([values[torch.randperm(4096)] for _ in range(8)])
+        self.x = shuffled.reshape(8, 4, 32, 32).transpose(0, 1).contiguous()
+
+
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.ReLU6()])
+@pytest.mark.parametrize("fold", [True, False])
+def test_batch_norms_that_are_true_correct_without_data(activation: nn.Module, fold: bool) -> None:
+    torch.manual_seed(0)
+    original, images, recorded = Still(activation).eval(), Normals(), {}
+    with torch.no_grad():
+        rows = original.conv(images.x).transpose(0, 1).flatten(1)
+        original.norm.running_mean.copy_(rows.mean(1))
+        original.norm.running_var.copy_(rows.var(1, unbiased=False))
+        nn.init.normal_(original.norm.weight, 0, 2)
+        nn.init.normal_(original.norm.bias, 0, 2)
+    batches = Batches(images, torch.device("cpu"))
+    loss = nn.functional.cross_entropy
+    if fold:
+        fold_bn(original, Data(batches, None, loss))
+    data = Data(batches, None, loss, reference=original, record=recorded.__setitem__)
+    model = rtn(copy.deepcopy(original), data, bits=2, skip=("conv",))
+    biased = layer_means(model, images.x)["reader"]
+    bias_correct(model, data, source="batch_norm")
+    want, got = layer_means(original, images.x)["reader"], layer_means(model, images.x)["reader"]
+    assert float((biased - want).abs().max()) > 0.1
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+    assert recorded["bias_shift"].keys() == {"reader"}
+    assert recorded["bias_kept"] == ["conv", "last"]
+
+
+def test_networks_without_batch_norms_need_calibration_images() -> None:
+    model = create_model("test_vit", img_size=32, patch_size=16).eval()
+    with pytest.raises(Unsupported, match="use source=calibration"):
+        bias_correct(model, data_for(copy.deepcopy(model)), source="batch_norm")
 
 
 def test_transposed_convolutions_are_corrected() -> None:
