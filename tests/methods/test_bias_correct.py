@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from timm import create_model
@@ -119,6 +121,37 @@ def test_networks_without_batch_norms_need_calibration_images() -> None:
     model = create_model("test_vit", img_size=32, patch_size=16).eval()
     with pytest.raises(Unsupported, match="use source=calibration"):
         bias_correct(model, data_for(copy.deepcopy(model)), source="batch_norm")
+
+
+class Shown(nn.Module):
+    """A network whose last layer sees rows of `table` (m, d), chosen by its input (B, 1)."""
+
+    def __init__(self, table: Tensor, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.fc = nn.Linear(weight.shape[1], len(weight)).double()
+        self.fc.weight.data, self.fc.bias.data = weight.clone(), bias.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.table[x.flatten().long()])
+
+
+class Positions:
+    def __len__(self) -> int:
+        return 40
+
+    def batch(self, positions: Sequence[int]) -> Tensor:
+        return torch.tensor(list(positions))[:, None].float()
+
+
+def test_known_answer(shared: Path) -> None:
+    with np.load(shared / "golden" / "gpfq_spfq.npz") as file:
+        golden = {key: torch.from_numpy(file[key]) for key in ("W", "X", "Xt", "Q_b3", "bias", "bias_corrected_b3")}
+    original = Shown(golden["X"], golden["W"], golden["bias"]).eval()
+    model = Shown(golden["Xt"], golden["Q_b3"], golden["bias"]).eval()
+    batches = Batches(Positions(), torch.device("cpu"), batch_size=16)
+    bias_correct(model, Data(batches, None, nn.functional.cross_entropy, reference=original))
+    torch.testing.assert_close(model.fc.bias.data, golden["bias_corrected_b3"], rtol=0, atol=1e-12)
 
 
 def test_transposed_convolutions_are_corrected() -> None:

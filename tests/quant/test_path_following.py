@@ -87,6 +87,12 @@ def test_golden_sparse_and_grouped(golden: dict[str, Tensor]) -> None:
     alphabet = alphabets.uniform(C * alphabets.radius(w) / 4, 3)
     q = by_gram(w, golden["Xg"], golden["Xtg"], alphabet, groups=3)
     torch.testing.assert_close(q, golden["Q_g3_b3"], rtol=0, atol=1e-10)
+    xs, xts = (golden[key].reshape(40, 3, 8).movedim(1, 0) for key in ("Xg", "Xtg"))
+    shaped = [value.reshape(3, 2, 8) for value in (w, q)]
+    error, energy = squared_error(*shaped, xts.mT @ xts, xts.mT @ xs, xs.mT @ xs)
+    # The reference reports the means over the groups.
+    norms = torch.stack([error.sqrt().mean(), (error / energy).sqrt().mean()])
+    torch.testing.assert_close(norms, golden["err_g3_b3"], rtol=1e-9, atol=0)
 
 
 def test_golden_scalar_quantizers(golden: dict[str, Tensor]) -> None:

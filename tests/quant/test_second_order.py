@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbench.errors import UserError
 from qbench.methods.hqq import half_quadratic
 from qbench.quant.brain_surgeon import surgeon
 from qbench.quant.encodings import Affine
 from qbench.quant.full_grids import Grid, Grids, Rounded
+from qbench.quant.gram import grams
 from qbench.quant.second_order import compensate
 
 DAMP = 0.01
@@ -61,6 +62,22 @@ def test_golden_gptq(golden: dict[str, Tensor], name: str) -> None:
     if f"gptq_Q_{name}" in golden:
         got = rounded.encoding(golden["gptq_W"].shape).decode()
         torch.testing.assert_close(got, golden[f"gptq_Q_{name}"], rtol=1e-5, atol=1e-7)
+
+
+def test_golden_hessians(golden: dict[str, Tensor]) -> None:
+    """The reference of GPTQ counts the whole matrix of inputs as one sample, so its H is 2 X'X; that of OBQ is 2/n X'X.
+
+    Neither factor changes what the weights are rounded to.
+    """
+    x, weight = golden["gptq_X"], golden["gptq_W"]
+    layer = nn.Linear(16, 5, bias=False)
+    layer.weight.data = weight
+    H = grams(layer, [x]).H
+    torch.testing.assert_close(2 * H[0].float(), golden["gptq_H"], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(2 / len(x) * H[0], golden["obq_H"], rtol=1e-5, atol=1e-5)
+    for solve, key in ((compensate, "gptq_Q_b3_asym"), (surgeon, "obq_Q_b3_asym")):
+        got = solve(weight[None], H, Grids(3, False, "minmax"), damp=DAMP).encoding(weight.shape).decode()
+        torch.testing.assert_close(got, golden[key], rtol=1e-5, atol=1e-7)
 
 
 def test_golden_grid_of_least_error(golden: dict[str, Tensor]) -> None:
