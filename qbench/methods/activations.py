@@ -69,7 +69,7 @@ def activations(
         raise Unsupported("a static range for every token does not exist; use mode=dynamic")
     if softmax != "uniform" and not (matmuls and mode == "static"):
         raise UserError(f"softmax={softmax} is for operands with static ranges: set matmuls=true and mode=static")
-    widths = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
+    widths = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip, for_inputs=True)}
     layers = {name: model.get_submodule(name) for name in widths}
     if granularity == "token" and not any(isinstance(layer, nn.Linear) for layer in layers.values()):
         raise Unsupported("granularity=token needs linear layers; the model has none to quantize")

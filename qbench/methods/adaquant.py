@@ -49,7 +49,7 @@ def adaquant(
         skip: names, or first parts of names, of layers left in float.
 
     Raises:
-        Unsupported: a step before changed the shape of a layer, or quantized its bias.
+        Unsupported: a step before changed the shape of a layer, or quantized its bias; a layer is not float32.
     """
     model.eval()
     chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
@@ -59,6 +59,9 @@ def adaquant(
     for stop in sweep(model, batches, reference=data.reference, layers=chosen):
         if f"{stop.name}.bias" in fixed:
             raise Unsupported(f"the bias of {stop.name} is quantized: quantize biases after adaquant")
+        if stop.layer.weight.dtype not in (torch.float32, torch.float64):
+            kind = str(stop.layer.weight.dtype).removeprefix("torch.")
+            raise Unsupported(f"{stop.name} is {kind}, too coarse for weights to be learned in: use a float32 model")
         unit = _Layer(stop, chosen[stop.name], granularity)
         generator = torch.Generator(data.device).manual_seed(data.seed * 1_000_003 + stop.index)
 
@@ -104,12 +107,13 @@ class _Layer:
             self.layer.get_parameter("weight").copy_(self.weight)
         quantize_weight(self.layer, self.quantizer)
         step = self.quantizer.scale.mean().item()
-        original = self.layer.get_parameter("parametrizations.weight.original")
+        original = self.layer.get_parameter("parametrizations.weight.original").requires_grad_()
         groups: Groups = [
             {"params": [original], "lr": lr * step, "cosine": True},
             {"params": [self.quantizer.scale], "lr": lr / 10 * step, "cosine": True},
         ]
         if self.bias is not None:
             size = outputs.square().mean().sqrt().item()
-            groups.append({"params": [self.layer.bias], "lr": lr / 100 * max(size, 1e-12), "cosine": True})
+            bias = self.layer.get_parameter("bias").requires_grad_()
+            groups.append({"params": [bias], "lr": lr / 100 * max(size, 1e-12), "cosine": True})
         return groups

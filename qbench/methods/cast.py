@@ -7,7 +7,7 @@ from torch import nn
 
 from qbench.data import Data
 from qbench.quant.encodings import Cast
-from qbench.quant.layers import encode, weight_layers, weight_of
+from qbench.quant.layers import encode, select_layers, weight_of
 from qbench.registry import method
 
 _DTYPES = {
@@ -31,6 +31,6 @@ def cast(
     """
     narrow = _DTYPES[dtype]
     largest = torch.finfo(narrow).max
-    for layer in weight_layers(model):
+    for _, layer, _ in select_layers(model, 16):
         encode(layer, Cast(weight_of(layer).clamp(-largest, largest).to(narrow)))
     return model

@@ -74,7 +74,7 @@ def lsq(
     """
     images = next(iter(data.calibration))
     weights = select_layers(model, bits, edge_bits, skip)
-    inputs = select_layers(model, activation_bits, edge_bits, skip) if activation_bits else ()
+    inputs = select_layers(model, activation_bits, edge_bits, skip, for_inputs=True) if activation_bits else ()
     _attach(model.eval(), images, list(weights), list(inputs), granularity)
     start = _steps(model)
     fit(

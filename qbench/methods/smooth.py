@@ -11,6 +11,7 @@ from timm.layers import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from torch import Tensor, nn
 
 from qbench.data import Batches, Data
+from qbench.quant.calls import Args, first_of
 from qbench.quant.channels import channel_rows, input_ranges, refuse_quantized, scale_inputs
 from qbench.quant.layers import weight_of
 from qbench.quant.links import Link, links
@@ -74,11 +75,11 @@ def _maxima(layers: dict[str, nn.Module], model: nn.Module, batches: Batches) ->
     """The largest magnitude (C,) in each channel of the layers' inputs."""
     found: dict[str, Tensor] = {}
 
-    def see(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        top = channel_rows(layer, inputs[0]).abs().amax(1).float()
+    def see(name: str, layer: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
+        top = channel_rows(layer, first_of(args, kwargs)).abs().amax(1).float()
         found[name] = torch.maximum(found[name], top) if name in found else top
 
-    handles = [layer.register_forward_pre_hook(partial(see, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         for batch in batches if layers else []:
             model(batch)

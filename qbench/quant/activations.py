@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.calls import Args, with_first
 from qbench.quant.log_quantizer import LogQuantizer
 from qbench.quant.twin_quantizers import TwinGelu, TwinSoftmax
 
@@ -89,14 +90,14 @@ _CLASSES: tuple[type[Any], ...] = (StaticQuantizer, DynamicQuantizer, LogQuantiz
 _KINDS: dict[str, type[nn.Module]] = {cls.kind: cls for cls in _CLASSES}
 
 
-def _quantize(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (layer.get_submodule(_NAME)(inputs[0]), *inputs[1:])
+def _quantize(layer: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
+    return with_first(args, kwargs, layer.get_submodule(_NAME))
 
 
 def quantize_input(layer: nn.Module, quantizer: nn.Module) -> None:
     """Attach a quantizer to the input of a layer, in place of the one it has."""
     if not hasattr(layer, _NAME):
-        layer.register_forward_pre_hook(_quantize)
+        layer.register_forward_pre_hook(_quantize, with_kwargs=True)
     layer.add_module(_NAME, quantizer.train(layer.training))
 
 

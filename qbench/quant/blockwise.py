@@ -98,7 +98,10 @@ def reconstruct_blocks(model: nn.Module, data: Data, settings: Settings) -> nn.M
     weights = {name: width for name, _, width in select_layers(model, s.bits, s.edge_bits, s.skip)}
     inputs: dict[str, int] = {}
     if s.activation_bits is not None:
-        inputs = {name: width for name, _, width in select_layers(model, s.activation_bits, s.edge_bits, s.skip)}
+        inputs = {
+            name: width
+            for name, _, width in select_layers(model, s.activation_bits, s.edge_bits, s.skip, for_inputs=True)
+        }
     given = input_quantizers(model)
     for name in given:
         # So that the sweep stops in front of the quantizer, whose step is to be learned.

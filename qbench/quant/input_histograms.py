@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from qbench.quant.activations import input_quantizer, quantize_input
+from qbench.quant.calls import Args, first_of
 from qbench.quant.observers import Histogram
 
 
@@ -17,15 +18,15 @@ from qbench.quant.observers import Histogram
 def observed(layers: dict[str, nn.Module], histograms: dict[str, Histogram]) -> Iterator[None]:
     """While active, each layer's input is counted in its histogram, and input quantizers are off."""
 
-    def see(histogram: Histogram, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        histogram.observe(inputs[0])
+    def see(histogram: Histogram, _layer: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
+        histogram.observe(first_of(args, kwargs))
 
     hooks = []
     quantizers = {name: input_quantizer(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         if quantizers[name] is not None:
             quantize_input(layer, nn.Identity())
-        hooks.append(layer.register_forward_pre_hook(partial(see, histograms[name])))
+        hooks.append(layer.register_forward_pre_hook(partial(see, histograms[name]), with_kwargs=True))
     try:
         yield
     finally:

@@ -42,6 +42,8 @@ def select_layers(
     edge_bits: int | None = None,
     skip: tuple[str, ...] = (),
     layer_bits: Mapping[str, int] | None = None,
+    *,
+    for_inputs: bool = False,
 ) -> Iterator[tuple[str, nn.Module, int]]:
     """The layer policy that every method understands the same way: `(name, layer, bits)` of the layers to quantize.
 
@@ -52,19 +54,26 @@ def select_layers(
         skip: layers left in float: those whose name equals or begins with one of these.
         layer_bits: bit widths of layers whose name equals or begins with a key, whatever `bits` and `edge_bits` say;
             the longest key counts.
-
-    A weight that several layers share is quantized once, with the first of them.
+        for_inputs: the layers' inputs are to be quantized. A weight that several layers share is quantized once, with
+            the first of them, but each has an input of its own.
 
     Raises:
         UserError: a key of `layer_bits` names no layer.
+        Unsupported: a weight is no parameter.
     """
     layers = named_weight_layers(model)
     names = list(layers)
     own = _by_name(names, layer_bits or {})
     seen: set[int] = set()
     for name, layer in layers.items():
-        if any(within(name, prefix) for prefix in skip) or id(layer.weight) in seen:
+        known = id(layer.weight) in seen and not for_inputs
+        if known or any(within(name, prefix) for prefix in skip):
             continue
+        if layer._parameters.get("weight") is None:
+            raise Unsupported(
+                f"{name} computes its weight from other parameters, as weight norm does: make the weight a parameter"
+                f" before (torch.nn.utils.parametrize.remove_parametrizations), or leave it in float with skip=[{name}]"
+            )
         seen.add(id(layer.weight))
         usual = bits if edge_bits is None or name not in (names[0], names[-1]) else edge_bits
         chosen = own.get(name, usual)

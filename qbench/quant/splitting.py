@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.quant import structure
+from qbench.quant.calls import Args, with_first
 from qbench.quant.layers import output_axis
 
 _INDEX = "split_index"
@@ -51,12 +52,12 @@ def _split(model: nn.Module, *, layer: str, channels: list[int], apart: float) -
     target.weight = nn.Parameter(weight, requires_grad=target.weight.requires_grad)
     setattr(target, "in_features" if isinstance(target, nn.Linear) else "in_channels", len(index))
     target.register_buffer(_INDEX, torch.tensor(index, device=weight.device))
-    target.register_forward_pre_hook(_gather)
+    target.register_forward_pre_hook(_gather, with_kwargs=True)
 
 
-def _gather(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _gather(layer: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
     axis = -1 if isinstance(layer, nn.Linear) else 1
-    return (inputs[0].index_select(axis, layer.get_buffer(_INDEX)), *inputs[1:])
+    return with_first(args, kwargs, lambda x: x.index_select(axis, layer.get_buffer(_INDEX)))
 
 
 def is_split(layer: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qbench.errors import Unsupported, UserError
 from qbench.quant.activations import input_quantizer
+from qbench.quant.calls import first_of, with_first
 from qbench.quant.gram import Grams, Sampling, grams
 from qbench.quant.layers import named_weight_layers
 from qbench.quant.paging import Pager, available
@@ -53,8 +54,7 @@ class _Walk(greenlet):
         """What the layer that it stands in front of is called with."""
         if self.at != name:
             raise RuntimeError(f"the inputs of {name} are gone: the sweep has moved on")
-        args, kwargs = self.call
-        first = args[0] if args else next(iter(kwargs.values()), None)
+        first = first_of(*self.call)
         if not isinstance(first, Tensor):
             raise Unsupported(f"{name} is not called with a tensor, but with {type(first).__name__}")
         return first
@@ -240,9 +240,9 @@ class _Sweep:
                 before = input_quantizer(module)
                 walk.park(name, args, kwargs)
                 after = input_quantizer(module)
-                if args and after is not None and after is not before:
+                if after is not None and after is not before:
                     # It was attached here, behind the place in this call where it would have been asked.
-                    return (after(args[0]), *args[1:]), kwargs
+                    return with_first(args, kwargs, after)
             elif name in walk.seen and name not in self.repeated:
                 self.repeated.add(name)
                 warnings.warn(f"{name} is called more than once: it is quantized for its first call", stacklevel=2)

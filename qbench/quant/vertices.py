@@ -44,6 +44,8 @@ def to_vertex(weight: Tensor, rows: Tensor, bound: Tensor) -> Tensor:
     k, d = rows.shape[1:]
     if k >= d:
         return weight.clone()
+    if k == 0:
+        return torch.copysign(bound, weight)
     basis = _independent(rows)
     step = max(1, _HELD // (len(rows) * k * k))
     parts = [

@@ -89,3 +89,9 @@ def test_errors_are_like_those_that_were_measured(d: int, bits: int, ours: float
     assert errors(z).median() < 0.25 * errors(weight).median()
     error = ((weight - quantized(z)) @ x.mT).norm(dim=2)
     assert (error <= bound[..., 0] / top * 8 * x.norm(dim=1).amax(1, keepdim=True)).all()
+
+
+def test_without_inputs_all_weights_are_at_the_bound() -> None:
+    weight, _ = case(3, 3, 8, 2)
+    rows = principal_rows(torch.zeros(1, 8, 8, dtype=torch.float64), 4)
+    assert torch.equal(to_vertex(weight, rows, bound_of(weight)), bound_of(weight) * weight.sign())
