@@ -1,0 +1,123 @@
+"""Intervals of the difference between a network and its fixed-point form (QEBVerif, arXiv:2212.02781).
+
+Propagated with intervals only, the paper's mode Base. Bounds hold up to what float64 rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from qbench.verify.fixed_point import PIXELS, FixedPoint, Layer
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Every number from low to high, element by element."""
+
+    low: Tensor
+    high: Tensor
+
+    def times(self, weight: Tensor) -> Interval:
+        """`weight @ x` for all x in the interval."""
+        up, down = weight.clamp(min=0), weight.clamp(max=0)
+        return Interval(up @ self.low + down @ self.high, up @ self.high + down @ self.low)
+
+    def plus(self, other: Interval | Tensor) -> Interval:
+        """Sums of a number from each."""
+        low, high = (other.low, other.high) if isinstance(other, Interval) else (other, other)
+        return Interval(self.low + low, self.high + high)
+
+    def minus(self, other: Interval) -> Interval:
+        """Differences of a number from each."""
+        return Interval(self.low - other.high, self.high - other.low)
+
+    def clamp(self, low: float, high: float) -> Interval:
+        """What a clamping makes of it."""
+        return Interval(self.low.clamp(low, high), self.high.clamp(low, high))
+
+    def intersect(self, other: Interval) -> Interval:
+        """What is in both."""
+        return Interval(torch.maximum(self.low, other.low), torch.minimum(self.high, other.high))
+
+
+def activation_difference(floats: Interval, fixed: Interval, difference: Interval, top: float | Tensor) -> Interval:
+    """The interval of `clamp(n', 0, top) - max(n, 0)`.
+
+    Args:
+        floats: of n.
+        fixed: of n'.
+        difference: of n' - n.
+        top: largest activation in fixed point.
+    """
+    l, u, lq, uq, dl, du = floats.low, floats.high, fixed.low, fixed.high, difference.low, difference.high  # noqa: E741
+    top = torch.as_tensor(top, dtype=l.dtype)
+    least, most = torch.minimum, torch.maximum
+    zero = torch.zeros_like(l)
+    cl, cu = most(zero, least(lq, top)), most(zero, least(uq, top))
+    linear, constant = (lq >= 0) & (uq <= top), (uq <= 0) | (lq >= top)
+    always = torch.ones_like(linear)
+    # Of the conditions, the first that holds counts.
+    active = [
+        (linear, dl, du),
+        (constant, cl - u, cu - l),
+        (uq <= top, most(-u, dl), most(-l, du)),
+        (lq >= 0, least(top - u, dl), least(top - l, du)),
+        (always, most(-u, least(top - u, dl)), most(-l, least(top - l, du))),
+    ]
+    crossing = [
+        (linear, least(lq, dl), least(uq, du)),
+        (constant, cl - u, cu),
+        (
+            uq <= top,
+            torch.where(dl >= 0, zero, most(dl, -u)),
+            torch.where(du <= 0, zero, least(du, uq)),
+        ),
+        (lq >= 0, least(least(dl, lq), top - u), least(du, top)),
+        (always, least(least(top - u, zero), most(dl, -u)), most(zero, least(du, top))),
+    ]
+    cases = [(u <= 0, cl, cu), *(((l >= 0) & when, low, high) for when, low, high in active), *crossing]
+
+    def choose(side: int) -> Tensor:
+        return reduce(lambda rest, case: torch.where(case[0], case[side], rest), reversed(cases), zero)
+
+    return Interval(choose(1), choose(2)).intersect(Interval(cl - u.clamp(min=0), cu - l.clamp(min=0)))
+
+
+def output_difference(layers: Sequence[Layer], form: FixedPoint, low: Tensor, high: Tensor) -> Interval:
+    """Where fixed point minus float can be for each output, (n,), for any pixels in a box.
+
+    Args:
+        layers: of the float network.
+        form: of the fixed-point network.
+        low: least value of each pixel (d,).
+        high: greatest value.
+    """
+    x = Interval(low.double() / PIXELS, high.double() / PIXELS)
+    fixed = x.times(torch.eye(len(low), dtype=torch.float64) * (PIXELS / (PIXELS + 1)))
+    difference = Interval(-x.high / (PIXELS + 1), -x.low / (PIXELS + 1))
+    *hidden, last = zip(layers, form.quantize(layers), strict=True)
+    for layer, rounded in hidden:
+        before, fixed, difference = _linear(layer, rounded, x, fixed, difference)
+        fixed = Interval(form.round(fixed.low), form.round(fixed.high))
+        difference = Interval(difference.low - form.half, difference.high + form.half)
+        difference = activation_difference(before, fixed, difference, form.top)
+        x, fixed = before.clamp(0, torch.inf), fixed.clamp(0, form.top)
+    before, fixed, difference = _linear(*last, x, fixed, difference)
+    return difference.intersect(fixed.minus(before))
+
+
+def _linear(
+    layer: Layer, rounded: Layer, x: Interval, fixed: Interval, difference: Interval
+) -> tuple[Interval, Interval, Interval]:
+    """Behind both layers: the intervals of the float network, of the fixed-point one and of their difference."""
+    apart = x.times(rounded.weight - layer.weight).plus(difference.times(rounded.weight))
+    return (
+        x.times(layer.weight).plus(layer.bias),
+        fixed.times(rounded.weight).plus(rounded.bias),
+        apart.plus(rounded.bias - layer.bias),
+    )
