@@ -27,6 +27,7 @@ REFERENCES = {
     "mx": ["mx[edge_bits=8]", "mx[format=nvfp4]"],
     "obq": ["obq[skip=[layer2,layer3,layer4,blocks.3,blocks.4,blocks.5]]"],
     "product": ["product[bits=4,iterations=5]"],
+    "ptq4vit": ["ptq4vit[candidates=5,images=8]", "ptq4vit[granularity=channel,metric=mse,candidates=3,images=8]"],
     "rtn": ["rtn", "rtn[bits=3,granularity=group,group_size=16,symmetric=false,calibration=mse]"],
 }
 CASES = [case for name in sorted(registry._builtin("method")) for case in REFERENCES.get(name, [name])]

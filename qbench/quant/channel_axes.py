@@ -26,9 +26,12 @@ def axis_after(operation: str, args: Any, kwargs: Any, axis: int, out: Tensor) -
         return _axis_of_view(x.shape, out.shape, axis)
     if operation == PAD:
         value = args[2] if len(args) > 2 else kwargs.get("value", 0)
-        return axis if value == 0 and axis < x.dim() - len(args[1]) // 2 else None
+        behind = 2 * (x.dim() - 1 - axis)
+        return axis if value == 0 and not any(args[1][behind : behind + 2]) else None
     if operation in POOLS:
         return axis if axis == x.dim() - 3 else None
+    if operation == "roll":
+        return axis if len(args) > 2 and axis not in {d % x.dim() for d in args[2]} else None
     if operation == "permute":
         return [d % x.dim() for d in args[1]].index(axis)
     if operation in ("transpose", "t"):

@@ -170,7 +170,8 @@ class _Watch(TorchDispatchMode):
             inner = self._inside[-1] if self._inside else ""
             module = inner if isinstance(self.modules[inner], nn.Hardtanh) else ""
             return _Flow(flow.source, (*flow.clips, Clip(module, axis - args[0].dim(), float(args[2]))), flow.shiftable)
-        return _Flow(flow.source, flow.clips, flow.shiftable and operation not in POOLS | LEAKY | {PAD})
+        still = operation not in POOLS | LEAKY and not (operation == PAD and any(args[1]))
+        return _Flow(flow.source, flow.clips, flow.shiftable and still)
 
     def _follow(self, tensor: Tensor, axis: int, flow: _Flow) -> None:
         self._flows[memory_of(tensor)] = flow
