@@ -65,7 +65,7 @@ def obtain(
         pass
     if size > limit:
         gigabytes = f"{size / 1e9:.1f} GB of {limit / 1e9:.1f} GB"
-        raise UserError(f"the image cache {folder} would need {gigabytes}; set QBENCH_CACHE_GB, or use fewer images")
+        raise UserError(f"the cache {folder} would need {gigabytes}; set QBENCH_CACHE_GB, or use fewer images")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f"{key}.lock"):
@@ -78,7 +78,7 @@ def obtain(
             return _touch(entry, read)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"the image cache {folder} cannot be written: {reason}; set QBENCH_CACHE") from error
+        raise UserError(f"the cache {folder} cannot be written: {reason}; set QBENCH_CACHE") from error
 
 
 def _touch(entry: Path, read: Callable[[Path], T]) -> T:

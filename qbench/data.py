@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qbench.datasets.base import Augment
 from qbench.errors import UserError
+from qbench.sharing import Shared
 
 
 class ImageSource(Protocol):
@@ -25,8 +26,14 @@ class ImageSource(Protocol):
 class Batches:
     """The calibration images, in a fixed order: iterating yields batches (B, C, H, W) on the device."""
 
-    def __init__(self, source: ImageSource, device: torch.device, batch_size: int = 32) -> None:
-        self.source, self.device, self.batch_size = source, device, batch_size
+    def __init__(self, source: ImageSource, device: torch.device, batch_size: int = 32, fingerprint: str = "") -> None:
+        self.source, self.device, self.batch_size, self._fingerprint = source, device, batch_size, fingerprint
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """A fingerprint of the batches, empty where it is not known; and how many images there are."""
+        known = f"{self._fingerprint}: {self.images} in batches of {self.batch_size} on {self.device}"
+        return known if self._fingerprint else "", self.images
 
     @property
     def images(self) -> int:
@@ -48,7 +55,7 @@ class Batches:
         """
         if images > self.images:
             raise UserError(f"{images} calibration images are asked for, but the suite provides {self.images}")
-        return Batches(_Head(self.source, images), self.device, batch_size or self.batch_size)
+        return Batches(_Head(self.source, images), self.device, batch_size or self.batch_size, self._fingerprint)
 
 
 class _Head:
@@ -107,6 +114,7 @@ class Data:
         seed: of this run.
         reference: the float network as the recipe's structure steps left it; never changed, in evaluation mode.
         progress: call with a fraction in [0, 1] as often as you like.
+        shared: what other runs may have computed for the same network and images.
         record: call with a name and JSON-able raw values that belong in the result (a loss curve, errors per layer).
     """
 
@@ -118,12 +126,14 @@ class Data:
         *,
         reference: nn.Module | None = None,
         seed: int = 0,
+        shared: Shared | None = None,
         progress: Callable[[float], None] = lambda _: None,
         record: Callable[[str, Any], None] = lambda _name, _values: None,
     ) -> None:
         self.calibration, self._train, self.loss, self.seed = calibration, train, loss, seed
         self.progress, self.record = progress, record
         self.reference = reference
+        self.shared = shared or Shared()
         self.device = calibration.device
 
     @property

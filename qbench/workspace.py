@@ -18,6 +18,7 @@ from qbench.datasets.images import ImageArray, open_images
 from qbench.datasets.transform import to_network
 from qbench.models.base import Model
 from qbench.registry import Reference
+from qbench.sharing import Shared
 
 
 class Workspace:
@@ -35,6 +36,7 @@ class Workspace:
         self, dataset: Reference, model: Reference, calibration: tuple[int, int], cache: Path, device: torch.device
     ) -> None:
         self._dataset, self._calibration = dataset, calibration
+        self._origin = [model.name, dict(model.options), model.plugin.fingerprint]
         self.model: Model = model()
         self.cache, self.device = cache, device
         self._opened: dict[str, ImageArray] = {}
@@ -60,9 +62,11 @@ class Workspace:
             trains: whether the labelled training split may be used.
             fields: of `Data`: reference, progress, record.
         """
-        calibration = Batches(_Counted(self.images("calibration")), self.device)
+        images = self.images("calibration")
+        calibration = Batches(_Counted(images), self.device, fingerprint=images.fingerprint)
         train = self._training() if trains else None
-        return Data(calibration, train, self.model.loss, seed=seed, **fields)
+        shared = Shared(self.cache / "statistics", self._origin)
+        return Data(calibration, train, self.model.loss, seed=seed, shared=shared, **fields)
 
     def _training(self) -> Training:
         images = self.images("train")
@@ -94,9 +98,9 @@ class _Counted:
 
 
 def images_used(data: Data) -> int:
-    """How many different calibration images have been looked at."""
+    """How many different calibration images have been looked at, or are behind what was read instead."""
     source = data.calibration.source
-    return len(source.used) if isinstance(source, _Counted) else 0
+    return max(len(source.used) if isinstance(source, _Counted) else 0, data.shared.images)
 
 
 def differences(a: nn.Module, b: nn.Module) -> list[str]:

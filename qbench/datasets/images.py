@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,19 @@ class ImageArray:
         self.unreadable: list[str] = index["unreadable"]
         self.split = split.subset(index["positions"]) if self.unreadable else split
         self.preprocess = preprocess
+        self._index = index
         columns = pixels.shape[2]
         self._mean = np.tile(np.array(preprocess.mean, dtype=np.float32), columns)
         self._std = np.tile(np.array(preprocess.std, dtype=np.float32), columns)
 
     def __len__(self) -> int:
         return len(self._pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of ids, preprocessing and pixels."""
+        identity = [self.split.ids, self._index["checksums"], asdict(self.preprocess)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
     def batch(self, positions: Sequence[int]) -> Tensor:
         """Normalised float32 (B, C, H, W), channels last in memory; the values are exactly torchvision's."""

@@ -2,18 +2,17 @@
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from qbench.data import Data
 from qbench.errors import Unsupported, UserError
 from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
-from qbench.quant.input_histograms import observed
+from qbench.quant.input_histograms import input_histograms
 from qbench.quant.layers import select_layers
 from qbench.quant.log_quantizer import LogQuantizer
 from qbench.quant.matmuls import expose, operands
-from qbench.quant.observers import Calibration, Histogram
+from qbench.quant.observers import Calibration
 from qbench.quant.origins import origins
 from qbench.registry import EdgeBits, method
 
@@ -77,14 +76,9 @@ def activations(
     if matmuls:
         expose(model, data.example)
         layers |= operands(model, skip)
-    histograms = {name: Histogram() for name in layers}
     batches = data.calibration if mode == "static" else data.calibration.first(1)
-    with observed(layers, histograms), torch.no_grad():
-        for done, images in enumerate(batches, 1):
-            model(images)
-            data.progress(done / len(batches))
+    reached = input_histograms(model, layers, data, batches)
     probabilities = origins(model, data.example, ["_softmax"], operands(model)) if softmax != "uniform" else {}
-    reached = {name: histogram for name, histogram in histograms.items() if histogram.seen}
     for name, histogram in reached.items():
         layer, width = layers[name], widths.get(name, bits)
         if mode == "dynamic":

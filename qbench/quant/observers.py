@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,6 +125,20 @@ class Histogram:
         self.counts = torch.zeros_like(self.counts)
         self.counts[quarter:-quarter] = merged
         self.reach *= 2
+
+    def dump(self) -> np.ndarray:
+        """All that was observed as one vector, float64, for `load`."""
+        low, high = self.average or (np.nan, np.nan)
+        return np.array([self.reach, self.low, self.high, low, high, *self.counts.tolist()])
+
+    @classmethod
+    def load(cls, vector: np.ndarray) -> Histogram:
+        """The histogram that was dumped, bit for bit."""
+        made = cls(len(vector) - 5)
+        made.reach, made.low, made.high, low, high = vector[:5].tolist()
+        made.average = None if np.isnan(low) else (low, high)
+        made.counts = torch.from_numpy(vector[5:].copy())
+        return made
 
     @property
     def seen(self) -> bool:
