@@ -29,6 +29,8 @@ AFTER = {"compress": "rtn", "bias_correct": "rtn"}
 """What is run before the steps that follow others."""
 PATCHES = {"adaround", "gpfq", "gptq", "msq_preprocess", "obq", "product", "spfq"}
 """Methods that look at a layer's input patches."""
+TRANSFORMERS = {"ptq4vit", "repq_vit"}
+"""Methods that quantize attention."""
 REFUSED = {
     "transposed": (PATCHES, r"body\.1: .*ConvTranspose2d.*skip=\[body\.1\]"),
     "half": ({"adaquant"}, r"net\.body\.0 is float16"),
@@ -40,7 +42,7 @@ SAME = {"half": 1e-3, "bfloat16": 1e-2}
 
 def refusal(case: str, kind: str) -> str | None:
     """What the combination is refused with, if it is not supported."""
-    if "matmuls=true" in case:
+    if "matmuls=true" in case or resolve(case).name in TRANSFORMERS:
         return "the attention mix" if kind == "attention" else "the model multiplies no activations"
     methods, reason = REFUSED.get(kind, (set(), ""))
     return reason if resolve(case).name in methods else None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.errors import Unsupported
+from qbench.quant.calls import Args
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ def gather(model: nn.Module, name: str, batches: Iterable[Tensor], combinations:
     outputs: list[Tensor] = []
     gradients: list[Tensor] = []
 
-    def see(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    def see(_module: nn.Module, args: Args, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if len(outputs) > len(gradients):
             raise Unsupported(f"{name} is called more than once")
-        inputs.append(tuple(argument.detach() for argument in arguments))
+        inputs.append(tuple(argument.detach() for argument in (*args, *kwargs.values())))
         outputs.append(output.detach().requires_grad_())
         # A copy, because what comes next may work in place.
         return outputs[-1].clone()
 
-    handle = model.get_submodule(name).register_forward_hook(see)
+    handle = model.get_submodule(name).register_forward_hook(see, with_kwargs=True)
     try:
         with _constant_parameters(model), torch.enable_grad():
             for images, combination in zip(batches, combinations, strict=True):

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbench.quant.adjacency import memory_of
+from qbench.quant.calls import Args, first_of
 
 
 def origins(model: nn.Module, example: Tensor, operations: Iterable[str], readers: Iterable[str]) -> dict[str, str]:
@@ -25,7 +26,9 @@ def origins(model: nn.Module, example: Tensor, operations: Iterable[str], reader
         readers: names of the modules to look at.
     """
     watch = _Watch(set(operations))
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch.reading(name)) for name in readers]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(watch.reading(name), with_kwargs=True) for name in readers
+    ]
     try:
         with torch.no_grad(), watch:
             model(example)
@@ -43,8 +46,8 @@ class _Watch(TorchDispatchMode):
         self._written: dict[int, tuple[str, StorageWeakRef]] = {}
 
     def reading(self, name: str) -> Any:
-        def read(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            where = memory_of(inputs[0])
+        def read(_module: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
+            where = memory_of(first_of(args, kwargs))
             if where in self._written:
                 self.found[name] = self._written[where][0]
 
