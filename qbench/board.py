@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,10 +59,11 @@ class Row:
 
 @dataclass
 class Table:
-    """All recipes of one model on one dataset, best first."""
+    """All recipes of one model on one dataset with the same calibration images, best first."""
 
     dataset: str
     model: str
+    calibration: str
     task: str
     rows: list[Row]
     reference: Row | None
@@ -75,14 +77,17 @@ def tables(results: Iterable[Result], outcomes: Callable[[str], Outcomes]) -> li
         results: of one suite or of several merged.
         outcomes: the outcomes per image of a run, by key.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
-        dataset, model = result.label.split("/")[:2]
-        groups.setdefault((dataset, model), []).append(result)
-    return [_table(dataset, model, group, outcomes) for (dataset, model), group in sorted(groups.items())]
+        # Results on other images, from other weights or with other calibration images cannot be compared.
+        apart = json.dumps([result.identity[part] for part in ("calibration", "dataset", "model")], sort_keys=True)
+        groups.setdefault((*result.label.split("/")[:2], apart), []).append(result)
+    return [_table(group, outcomes) for _, group in sorted(groups.items())]
 
 
-def _table(dataset: str, model: str, results: list[Result], outcomes: Callable[[str], Outcomes]) -> Table:
+def _table(results: list[Result], outcomes: Callable[[str], Outcomes]) -> Table:
+    dataset, model = results[0].label.split("/")[:2]
+    images, seed, _ = results[0].identity["calibration"]
     by_recipe: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: (r.identity["seed"], r.started)):
         by_recipe.setdefault(result.recipe, []).append(result)
@@ -111,7 +116,8 @@ def _table(dataset: str, model: str, results: list[Result], outcomes: Callable[[
     for row in ranked:
         row.alarms = _alarms(row, ranked, difference)
     rest = [row for row in rows if row.score is None]
-    return Table(dataset, model, task, [*([reference] if reference else []), *ranked, *rest], reference)
+    ordered = [*([reference] if reference else []), *ranked, *rest]
+    return Table(dataset, model, f"{images} images, seed {seed}", task, ordered, reference)
 
 
 def _alarms(row: Row, others: list[Row], difference: Callable[[Row, Row], Interval]) -> list[Alarm]:

@@ -89,7 +89,7 @@ def section(board: Table) -> str:
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     absent = _absent(rows, {metric for _, metric, _ in shown})
     below = [f"<sup>{number}</sup> {text}" for text, number in notes.items()] + absent + _alarms(rows)
-    return "\n\n".join([f"## {board.dataset} · {board.model}", table, "  \n".join(below), _provenance(rows)])
+    return "\n\n".join([f"## {board.dataset} · {board.model}", table, "  \n".join(below), _provenance(board)])
 
 
 def _line(
@@ -156,18 +156,18 @@ def _absent(rows: list[Row], shown: set[str]) -> list[str]:
     return [f"{metric}: {'; '.join(texts)}" for metric, texts in reasons.items()]
 
 
-def _provenance(rows: list[Row]) -> str:
+def _provenance(board: Table) -> str:
     """What all rows have in common."""
-    results = [r for row in rows for r in row.results]
+    results = [r for row in board.rows for r in row.results]
     first = next((r for r in results if r.status == "ok"), results[0])
     (dataset, _, data_hash), (model, _, weights) = first.identity["dataset"], first.identity["model"]
-    images, seed, manifest = first.identity["calibration"]
+    manifest = first.identity["calibration"][2]
     scored = first.scoring.get("images")
     unreadable = len(first.scoring.get("unreadable", []))
     skipped = f" ({unreadable} unreadable ones skipped)" if unreadable else ""
     return (
         f"model {model}, weights `{weights}`; data {dataset} `{data_hash}`, {scored} images scored{skipped}; "
-        f"calibration: {images} images, seed {seed}, manifest `{manifest}`"
+        f"calibration: {board.calibration}, manifest `{manifest}`"
     )
 
 
@@ -214,6 +214,7 @@ def _record(board: Table, row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {
         "dataset": board.dataset,
         "model": board.model,
+        "calibration": board.calibration,
         "recipe": row.recipe,
         "seeds": len(row.results),
         "rank": row.rank,

@@ -144,3 +144,18 @@ def test_published_files(tmp_path: Path) -> None:
     assert frame.loc[1, "score"] == pytest.approx(380 / N)
     assert frame.loc[1, "difference"] == pytest.approx(-10 / N)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LEADERBOARD.md", "leaderboard.csv"]
+
+
+def test_other_calibration_images_weights_or_data_are_another_table() -> None:
+    runs = [result(recipe, right + i, seed=i) for i in range(4) for recipe, right in (("fp32", 390), ("small", 380))]
+    changes = [{}, {"calibration": [512, 0, "m1"]}, {"model": ["net", {}, "w1"]}, {"dataset": ["data", {}, "d1"]}]
+    for i, (run, _) in enumerate(runs):
+        run.identity.update(changes[i // 2])
+    outcomes = {r.key: {"correct": correct} for r, correct in runs}
+    judged = tables([r for r, _ in runs], outcomes.__getitem__)
+    assert [len(table.rows) for table in judged] == [2, 2, 2, 2]
+    assert sorted(table.calibration for table in judged) == ["16 images, seed 0"] * 3 + ["512 images, seed 0"]
+    assert sorted(row.score * N for table in judged for row in table.rows) == pytest.approx(
+        [380, 381, 382, 383, 390, 391, 392, 393]
+    )
+    assert "calibration: 512 images, seed 0, manifest `m1`" in render(judged, title="t")
