@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from qbench.quant.training import cosine
 
 Groups = list[dict[str, Any]]
 """Parameter groups of Adam; the learning rate of those with `cosine` falls to 0 along half a cosine."""
+_ENOUGH = 28 * 28  # positions of an image
 _TRAVEL = 20.0  # 20,000 steps of 0.001, as the papers have it: how far a rounding variable can go
 
 
@@ -95,6 +97,16 @@ class Cache:
             apart = sum(float((unit(x.clone()) - t).double().square().sum()) for x, t in parts)
         return apart / max(float(self.targets.double().square().sum()), 1e-30)
 
+    def affordable(self, size: int) -> int:
+        """How many images, at most `size`, have no more positions to learn from than `size` images of 28 x 28.
+
+        Early in a network an image has thousands of positions for a few dozen weights: fewer images say as much there.
+        """
+        here, there = (
+            x[0].numel() / (x.shape[-1] if x.dim() <= 3 else x.shape[1]) for x in (self.inputs, self.targets)
+        )
+        return max(1, min(size, round(size * _ENOUGH / max(1.0, math.sqrt(here * there)))))
+
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Indices of random minibatches, for ever."""
         while True:
@@ -116,8 +128,12 @@ def float_weight(name: str, layer: nn.Module, reference: nn.Module) -> Tensor:
 
 def distance(answer: Tensor, target: Tensor) -> Tensor:
     """Squared error, summed over channels, in the mean over images and positions."""
-    channels = target.shape[-1] if target.dim() == 3 else target.shape[1]
-    return (answer - target).square().sum() * (channels / target.numel())
+    return (answer - target).square().sum() * (_channels(target) / target.numel())
+
+
+def _channels(x: Tensor) -> int:
+    """Of images (B, C, H, W), tokens (B, T, C) or rows (B, C)."""
+    return x.shape[-1] if x.dim() == 3 else x.shape[1]
 
 
 def reconstruct(

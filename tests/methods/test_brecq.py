@@ -141,3 +141,47 @@ def test_a_quantizer_attached_at_a_stop_is_in_effect_at_once() -> None:
             with torch.no_grad():
                 expected = model[0](Noise(4).x)
             torch.testing.assert_close(stop.inputs[0], expected)
+
+
+def test_learned_codes_start_from_given_ones_and_are_nearer_to_float(network: nn.Module) -> None:
+    rounded = rtn(copy.deepcopy(network), data_for(network), bits=3, symmetric=False, calibration="mse")
+    start = output_error(rounded, network)
+    given = {name: (e.low, e.high) for name, e in encodings(rounded).items() if isinstance(e, Affine)}
+    records: dict[str, Any] = {}
+    model = brecq(
+        rounded, data_for(network, records), bits=8, start="given", learn="codes", steps=60, batch_size=8, lr=0.03
+    )
+    attached = encodings(model)
+    assert {name: (e.low, e.high) for name, e in attached.items() if isinstance(e, Affine)} == given
+    assert all(kept <= before for before, kept in records["reconstruction_error"].values())
+    assert output_error(model, network) < 0.7 * start
+    assert not torch.equal(model.get_submodule("fc").bias, network.get_submodule("fc").bias)
+    model.load_state_dict({**model.state_dict(), **{name: e.decode() for name, e in attached.items()}})
+
+
+def test_learned_codes_from_nearest_with_dropped_inputs(network: nn.Module) -> None:
+    model = qdrop(
+        copy.deepcopy(network),
+        data_for(network),
+        bits=4,
+        activation_bits=4,
+        learn="codes",
+        steps=40,
+        batch_size=8,
+        edge_bits=8,
+    )
+    rounded = rtn(copy.deepcopy(network), data_for(network), bits=4, symmetric=False, calibration="mse", edge_bits=8)
+    rounded = activations(rounded, data_for(network), bits=4, calibration="mse", edge_bits=8)
+    assert output_error(model, network) < 0.9 * output_error(rounded, network)
+
+
+def test_learning_that_does_not_help_is_undone() -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    model = brecq(copy.deepcopy(original), data_for(original), learn="codes", steps=5, lr=50.0)
+    assert torch.equal(model[0].bias, original[0].bias)
+
+
+def test_a_given_start_needs_uniform_codes(network: nn.Module) -> None:
+    with pytest.raises(Unsupported, match=r"start=given needs quantized layers, but conv1.* has no codes"):
+        brecq(copy.deepcopy(network), data_for(network), start="given", steps=1)
