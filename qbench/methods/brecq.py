@@ -21,7 +21,7 @@ def brecq(
     symmetric: bool = False,
     start: Start = "nearest",
     learn: Learn = "rounding",
-    steps: Annotated[int, Field(ge=1)] = 1000,
+    steps: Annotated[int, Field(ge=1)] = 500,
     batch_size: Annotated[int, Field(ge=1)] = 32,
     lr: Annotated[float, Field(gt=0)] = 0.02,
     rounding_weight: Annotated[float, Field(gt=0)] = 0.01,
@@ -47,7 +47,7 @@ def brecq(
             through the rounding, with their steps and the biases, in the manner of AdaQuant (arXiv:2006.10518). That
             needs far fewer steps.
         steps: of Adam, per block; the authors take 20,000.
-        batch_size: images per step; fewer where an image has more than 28 x 28 positions, as many positions in all.
+        batch_size: images per step; fewer where an image has more than 14 x 14 positions, as many positions in all.
         lr: where codes are learned: of the weights in units of their mean step; a tenth of it for the steps and, in
             units of the outputs, for the biases. It falls to 0 along a cosine.
         rounding_weight: of the penalty that decides the roundings.

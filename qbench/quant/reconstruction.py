@@ -19,7 +19,7 @@ from qbench.quant.training import cosine
 
 Groups = list[dict[str, Any]]
 """Parameter groups of Adam; the learning rate of those with `cosine` falls to 0 along half a cosine."""
-_ENOUGH = 28 * 28  # positions of an image
+_ENOUGH = 14 * 14  # positions of an image
 _TRAVEL = 20.0  # 20,000 steps of 0.001, as the papers have it: how far a rounding variable can go
 
 
@@ -98,7 +98,7 @@ class Cache:
         return apart / max(float(self.targets.double().square().sum()), 1e-30)
 
     def affordable(self, size: int) -> int:
-        """How many images, at most `size`, have no more positions to learn from than `size` images of 28 x 28.
+        """How many images, at most `size`, have no more positions to learn from than `size` images of 14 x 14.
 
         Early in a network an image has thousands of positions for a few dozen weights: fewer images say as much there.
         """
