@@ -81,6 +81,15 @@ def test_affine(shape, bits, asymmetric, group_size, axis, seed):
     assert torch.equal(again.codes, code.codes)
 
 
+@settings(deadline=None)
+@given(st.integers(1, 8), st.booleans(), st.integers(0, 99))
+def test_rounding_keeps_the_order(bits, asymmetric, seed):
+    row = random((1, 50), seed).sort().values
+    zero = torch.tensor([2.0 ** (bits - 1)]) if asymmetric else None
+    for code in (Affine.nearest(row, 0.2, bits=bits, zero_point=zero), Codebook.nearest(row, random((bits,), seed))):
+        assert (code.decode().diff() >= 0).all()
+
+
 def test_affine_ties_go_to_even():
     code = Affine.nearest(torch.tensor([[0.5, 1.5, -0.5, 2.5]]), 1.0, bits=4)
     assert code.codes.tolist() == [[0, 2, 0, 2]]

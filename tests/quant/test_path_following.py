@@ -221,6 +221,26 @@ def test_the_least_squares_step_beats_the_range() -> None:
 # What the theory guarantees.
 
 
+@pytest.mark.parametrize(("bits", "d"), [(1, 8), (2, 5)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_of_all_choices_is_a_bound_that_it_comes_near(seed: int, bits: int, d: int) -> None:
+    w, x, xt = case(seed, 8, d, 40)
+    mixing = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x, xt = x @ mixing, xt @ mixing
+    alphabet = alphabets.uniform(C * alphabets.radius(w) / 2 ** (bits - 1), bits)
+    every = torch.cartesian_prod(*[alphabet.levels] * d)
+    wanted = w @ x.T
+
+    def error(q: Tensor) -> Tensor:
+        return (wanted - q @ xt.T).norm(dim=-1)
+
+    best = torch.stack([(every @ xt.T - goal).norm(dim=1).min() for goal in wanted])
+    nearest = error(alphabet.levels[torch.searchsorted(alphabet.thresholds, w, right=True)])
+    found = error(by_gram(w, x, xt, alphabet))
+    assert (best * (1 - 1e-9) <= found).all()
+    assert best.sum() <= found.sum() < nearest.sum()
+
+
 def unsaturated(seed: int, m: int = 20, d: int = 60) -> tuple[Tensor, Tensor, Alphabet, float]:
     w, x, _ = case(seed, 4, d, m)
     w, step = 0.1 * w, 0.05

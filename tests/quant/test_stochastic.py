@@ -146,6 +146,8 @@ def test_rounding_has_no_bias_and_stays_next_to_the_value() -> None:
     codes, _ = stochastic_path(value, torch.ones(1000, 1, 1, dtype=torch.float64), tensor(1.0), uniforms, None)
     torch.testing.assert_close(codes.double().mean(0), value[0], rtol=0, atol=2e-3)
     assert ((codes - value).abs() < 1).all()
+    # The variance of the error is at most a quarter of the step's square.
+    assert ((codes - value).square().mean(0) <= 0.2501).all()
 
 
 def test_the_likely_bound_holds() -> None:

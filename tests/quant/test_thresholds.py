@@ -135,6 +135,15 @@ def test_equal_histograms_do_not_diverge(counts):
     assert divergence(p, q, "kl_masked") >= -1e-12
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=20))
+def test_the_form_of_cfws_differs_by_the_ratio_of_the_sums(counts):
+    p, q = np.array([(1, 2), *counts], float).T
+    mass = p[(p > 0) & (q > 0)].sum() / p.sum()
+    apart = divergence(p, q, "kl_cfws") - divergence(p, q, "kl_masked")
+    assert apart == pytest.approx(2 * math.log(p.sum() / q.sum()) * mass)
+
+
 def test_nothing_where_there_is_something_diverges_much():
     p, q = np.array([5.0, 5, 5]), np.array([7.5, 7.5, 0])
     assert divergence(p, q, "kl_tensorrt") > 2

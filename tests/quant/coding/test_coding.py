@@ -171,5 +171,8 @@ def test_paper_accounting(shared):
     codes = torch.from_numpy(inverse.reshape(matrix.shape).astype(np.int32))
     words = 4 * -(-int((counts * huffman.code_lengths(counts)).sum()) // 32)
     assert hac.Dense.encode(codes.numpy().astype(np.uint16), 6)[2].nbytes == words == golden["ham_bits"][0] / 8
+    # The words, row indices and counts per column.
+    _, _, stream, _, *indices = hac.Sparse.encode(codes.numpy().astype(np.uint16), 6)
+    assert 8 * sum(part.nbytes for part in (stream, *indices)) == golden["sham_bits"][0]
     for coder in ("hac", "shac"):
         round_trip(codes, 6, coder)
