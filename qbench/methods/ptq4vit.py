@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -91,7 +92,7 @@ def ptq4vit(
     combinations = probes(model, batches, data.seed)
     kinds = origins(model, data.example, ["gelu", "_softmax"], [*weights, *free]) if twin else {}
     grid = torch.linspace(least, most, candidates, device=data.device)
-    found: list[_Side] = []
+    found: list[Callable[[], None]] = []
     errors: dict[str, float] = {}
     for name in [*weights, *whole]:
         evidence = gather(model, name, batches, combinations)
@@ -108,21 +109,21 @@ def ptq4vit(
             )
             sides = (left, right)
         errors[name] = _search(module, sides, evidence, metric, rounds)
-        found += sides
-        data.progress(len(errors) / len(weights.keys() | whole))
+        found += [side.attachment() for side in sides]
+        data.progress(len(errors) / (len(weights) + len(whole)))
     # Only now, so that all of them were looked at in the float network.
-    for side in found:
-        side.attach()
+    for attach in found:
+        attach()
     data.record("ptq4vit", {"weighted_error": errors})
     return model
 
 
 @dataclass
 class _Side:
-    """A factor of a product, and what attaches its quantization with the point that was found."""
+    """A factor of a product, and what attaches its quantization with the point that was found: it outlives the data."""
 
     factor: Factor
-    attach: Callable[[], None]
+    attachment: Callable[[], Callable[[], None]]
 
 
 def _weight(layer: nn.Module, width: int, granularity: str, grid: Tensor) -> _Side:
@@ -140,10 +141,11 @@ def _weight(layer: nn.Module, width: int, granularity: str, grid: Tensor) -> _Si
 
     factor = Factor(quantized, grid, torch.ones_like(base))
 
-    def attach() -> None:
-        encode(layer, Affine.nearest(weight, factor.point * base, low=-half, high=half - 1, axis=axis))
+    def attachment() -> Callable[[], None]:
+        code = Affine.nearest(weight, factor.point * base, low=-half, high=half - 1, axis=axis)
+        return partial(encode, layer, code)
 
-    return _Side(factor, attach)
+    return _Side(factor, attachment)
 
 
 def _input(module: nn.Module, x: Tensor, width: int, origin: str | None, grid: Tensor) -> _Side:
@@ -161,7 +163,7 @@ def _input(module: nn.Module, x: Tensor, width: int, origin: str | None, grid: T
     if origin == "_softmax":
         grid, start = _SPLITS.to(x.device), start * _SPLITS[_FIRST_SPLIT]
     factor = Factor(lambda point: quantizer(point)(x), grid, start)
-    return _Side(factor, lambda: quantize_input(module, quantizer(factor.point)))
+    return _Side(factor, lambda: partial(quantize_input, module, quantizer(factor.point)))
 
 
 def _search(module: nn.Module, sides: tuple[_Side, _Side], evidence: Evidence, metric: str, rounds: int) -> float:
