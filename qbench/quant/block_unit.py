@@ -103,7 +103,9 @@ class Unit:
                     axis=output_axis(layer),
                 )
             )
-        self.quantizers = {i: given[self._full(i)] for i in self.layers if self._full(i) in given}
+        # Of operands of products, too, which are no layers.
+        inside = [inner for inner, _ in self.stop.layer.named_modules()]
+        self.quantizers = {i: given[self._full(i)] for i in inside if self._full(i) in given}
         wanted = {i: inputs[self._full(i)] for i in self.layers if self._full(i) in inputs and i not in self.quantizers}
         self.quantizers |= self._fitted(wanted)
 
@@ -131,7 +133,7 @@ class Unit:
         """Put the start on the unit."""
         self._encode()
         for inner, quantizer in self.quantizers.items():
-            quantize_input(self.layers[inner], quantizer)
+            quantize_input(self.stop.layer.get_submodule(inner), quantizer)
         with torch.no_grad():
             for inner, bias in self.biases.items():
                 self.layers[inner].get_parameter("bias").copy_(bias)
@@ -207,7 +209,7 @@ class Unit:
         learned: list[LearnedInput] = []
         others: list[Callable[[], None]] = []
         for inner, quantizer in self.quantizers.items():
-            layer = self.layers[inner]
+            layer = self.stop.layer.get_submodule(inner)
             if isinstance(quantizer, StaticQuantizer):
                 learned.append(DroppedInput(quantizer, self.settings.keep, self.generator))
                 quantize_input(layer, learned[-1])

@@ -18,6 +18,7 @@ from qbench.methods.rtn import rtn
 from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, input_quantizers, quantize_input
 from qbench.quant.encodings import Affine
 from qbench.quant.layers import encodings, named_weight_layers
+from qbench.quant.matmuls import operands
 from qbench.quant.sweep import sweep
 
 
@@ -185,3 +186,15 @@ def test_learning_that_does_not_help_is_undone() -> None:
 def test_a_given_start_needs_uniform_codes(network: nn.Module) -> None:
     with pytest.raises(Unsupported, match=r"start=given needs quantized layers, but conv1.* has no codes"):
         brecq(copy.deepcopy(network), data_for(network), start="given", steps=1)
+
+
+def test_steps_of_operands_are_learned_with_their_block() -> None:
+    torch.manual_seed(0)
+    vit = create_model("test_vit", img_size=16, patch_size=4, num_classes=5).eval()
+    given = activations(copy.deepcopy(vit), data_for(vit), bits=4, matmuls=True)
+    before = {name: float(q.scale) for name, q in input_quantizers(given).items()}
+    model = qdrop(given, data_for(vit), bits=4, activation_bits=4, steps=10, batch_size=8)
+    after = {name: float(q.scale) for name, q in input_quantizers(model).items()}
+    assert after.keys() == before.keys()
+    moved = {name for name in operands(model) if after[name] != before[name]}
+    assert len(moved) >= len(operands(model)) / 2 > 0  # a block that learned nothing keeps its start
