@@ -13,7 +13,7 @@ from qbench.quant.layers import encode, encodings, output_axis, select_layers
 from qbench.quant.observers import search_weight
 from qbench.quant.reconstruction import Cache, Groups, distance, float_weight, minimise, reconstruct
 from qbench.quant.sweep import Stop, sweep
-from qbench.registry import EdgeBits, method
+from qbench.registry import EdgeBits, LayerBits, method
 
 
 @method("adaquant", paper="arXiv:2006.10518")
@@ -27,6 +27,7 @@ def adaquant(
     batch_size: Annotated[int, Field(ge=1)] = 50,
     lr: Annotated[float, Field(gt=0)] = 0.03,
     images: Annotated[int, Field(ge=1)] | None = None,
+    layer_bits: LayerBits = None,
     edge_bits: EdgeBits = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -45,6 +46,7 @@ def adaquant(
         lr: learning rate of the weights in units of their mean step; a tenth of it for the step, and a hundredth in
             units of the outputs for the bias. It falls to 0 along a cosine. The authors' rates are absolute.
         images: use the first so many calibration images; default all.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
 
@@ -52,7 +54,7 @@ def adaquant(
         Unsupported: a step before changed the shape of a layer, or quantized its bias; a layer is not float32.
     """
     model.eval()
-    chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
+    chosen = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip, layer_bits)}
     batches = data.calibration if images is None else data.calibration.first(images)
     fixed = encodings(model)
     errors: dict[str, tuple[float, float]] = {}

@@ -24,6 +24,7 @@ def ecsq(
     data: Data,
     *,
     bits: Width = 4,
+    layer_bits: dict[str, Width | Literal[32]] | None = None,
     edge_bits: Width | Literal[32] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -36,11 +37,12 @@ def ecsq(
         model: changed in place.
         data: takes the levels, the entropy (bits a weight) and the tradeoff of each layer, as `ecsq`.
         bits: width of the codes when they are not compressed.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
     found: dict[str, Any] = {}
-    for name, layer, width in select_layers(model, bits, edge_bits, skip):
+    for name, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
         weight = weight_of(layer)
         points = weight.cpu().double().numpy()
         partition = entropy_constrained.fit(points.ravel(), 2**width)

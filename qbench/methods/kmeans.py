@@ -24,6 +24,7 @@ def kmeans(
     bits: Width = 4,
     granularity: Literal["network", "layer", "channel"] = "layer",
     start: Literal["optimal", "linear", "kmeans++"] = "optimal",
+    layer_bits: dict[str, Width | Literal[32]] | None = None,
     edge_bits: Width | Literal[32] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -39,10 +40,11 @@ def kmeans(
         bits: width of the codes.
         granularity: what shares a codebook of 2**bits float32 levels.
         start: `optimal`, or `linear` as in Deep Compression, or `kmeans++`.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
-    chosen = list(select_layers(model, bits, edge_bits, skip))
+    chosen = list(select_layers(model, bits, edge_bits, skip, layer_bits))
     pooled: dict[int, torch.Tensor] = {}
     if granularity == "network":
         for width in {width for _, _, width in chosen}:

@@ -22,6 +22,7 @@ def lloyd_max(
     bits: Width = 4,
     distribution: Literal["gauss", "empirical"] = "gauss",
     granularity: Literal["tensor", "channel"] = "channel",
+    layer_bits: dict[str, Width | Literal[32]] | None = None,
     edge_bits: Width | Literal[32] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -36,10 +37,11 @@ def lloyd_max(
         distribution: `gauss` has the levels of a normal distribution; `empirical` those of the layer's own weights,
             each channel (or the tensor) divided by its root mean square.
         granularity: what shares a scale.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
-    for _, layer, width in select_layers(model, bits, edge_bits, skip):
+    for _, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
         weight, axis = weight_of(layer), output_axis(layer)
         rows = to_rows(weight, axis)
         own = rows.reshape(1, -1) if granularity == "tensor" else rows

@@ -18,6 +18,7 @@ def log2(
     *,
     bits: Annotated[int, Field(ge=2, le=6)] = 4,
     granularity: Literal["tensor", "channel"] = "tensor",
+    layer_bits: dict[str, Annotated[int, Field(ge=2, le=6)] | Literal[32]] | None = None,
     edge_bits: Annotated[int, Field(ge=2, le=6)] | Literal[32] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -31,9 +32,10 @@ def log2(
         data: not used.
         bits: width of the codes, sign included.
         granularity: what shares a largest power.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
-    for _, layer, width in select_layers(model, bits, edge_bits, skip):
+    for _, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
         encode(layer, nearest_logarithm(weight_of(layer), width, granularity, output_axis(layer)))
     return model

@@ -18,6 +18,7 @@ def pot(
     *,
     bits: Annotated[int, Field(ge=2, le=6)] = 4,
     granularity: Literal["tensor", "channel"] = "channel",
+    layer_bits: dict[str, Annotated[int, Field(ge=2, le=6)] | Literal[32]] | None = None,
     edge_bits: Annotated[int, Field(ge=2, le=6)] | Literal[32] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -31,10 +32,11 @@ def pot(
         data: not used.
         bits: width of the codes, sign included.
         granularity: what shares a scale.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
-    for _, layer, width in select_layers(model, bits, edge_bits, skip):
+    for _, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
         levels = mirrored(pot_levels(width - 1))
         encode(layer, nearest_scaled(weight_of(layer), levels, granularity, output_axis(layer)))
     return model

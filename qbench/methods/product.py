@@ -30,6 +30,7 @@ def product(
     dimension: Annotated[int, Field(ge=1, le=128)] | None = None,
     weighting: Literal["activations", "none"] = "activations",
     iterations: Annotated[int, Field(ge=1, le=1000)] = 25,
+    layer_bits: dict[str, Width | Literal[32]] | None = None,
     edge_bits: Width | Literal[32] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -47,6 +48,7 @@ def product(
         dimension: weights in a vector; default the kernel of a convolution (9 for 3x3), and 4 without one.
         weighting: `none` gives all weights the same error, and needs no images.
         iterations: of k-means at most.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
 
@@ -54,7 +56,7 @@ def product(
         Unsupported: a layer whose output is not its weight times its input patches, unless weighting=none.
     """
     model.eval()
-    chosen = {name: (layer, width) for name, layer, width in select_layers(model, bits, edge_bits, skip)}
+    chosen = {name: (layer, width) for name, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits)}
     errors: dict[str, float] = {}
     if weighting == "none":
         for done, (name, (layer, width)) in enumerate(chosen.items(), 1):

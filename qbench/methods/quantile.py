@@ -22,6 +22,7 @@ def quantile(
     *,
     bits: Width = 4,
     granularity: Literal["layer", "channel"] = "layer",
+    layer_bits: dict[str, Width | Literal[32]] | None = None,
     edge_bits: Width | Literal[32] | None = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -34,10 +35,11 @@ def quantile(
         data: not used.
         bits: width of the codes.
         granularity: what shares a codebook of 2**bits float32 levels.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
-    for _, layer, width in select_layers(model, bits, edge_bits, skip):
+    for _, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
         weight, axis = weight_of(layer), output_axis(layer)
         rows = to_rows(weight, axis)
         points = rows if granularity == "channel" else rows.reshape(1, -1)

@@ -9,7 +9,7 @@ from qbench.data import Data
 from qbench.quant.encodings import Affine
 from qbench.quant.layers import encode, output_axis, select_layers, weight_of
 from qbench.quant.observers import WeightCalibration, search_weight
-from qbench.registry import EdgeBits, method
+from qbench.registry import EdgeBits, LayerBits, method
 
 
 @method("rtn")
@@ -24,6 +24,7 @@ def rtn(
     calibration: WeightCalibration = "minmax",
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99,
     power_of_two: bool = False,
+    layer_bits: LayerBits = None,
     edge_bits: EdgeBits = None,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -40,10 +41,11 @@ def rtn(
             the power of 2.4, or to where a Laplace or Gauss distribution is best clipped (ACIQ).
         percentile: of the weights that share a scale, in percent.
         power_of_two: every scale is the power of two, near the calibrated one, with the least squared error.
+        layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
     """
-    for _, layer, width in select_layers(model, bits, edge_bits, skip):
+    for _, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
         weight, axis = weight_of(layer), output_axis(layer)
         scale, zero = search_weight(
             weight,
