@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from qbench.errors import UserError
 
@@ -40,6 +41,10 @@ EdgeBits = Bits | Literal[32] | None
 """Option type: the bit width of the first and the last layer; 32 leaves them in float, None means no difference."""
 LayerBits = dict[str, Bits | Literal[32]] | None
 """Option type: the bit widths of single layers, by their names or first parts of names; 32 leaves them in float."""
+
+_METHOD = AfterValidator(lambda text: str(resolve("method", *parse(text))))
+MethodReference = Annotated[str, _METHOD]
+"""Option type: another method, as `name[option=value]`, whose source then counts as the plugin's own."""
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS: dict[Kind, str] = {kind: f"{kind}s" for kind in KINDS}
@@ -99,6 +104,21 @@ class Reference:
     @property
     def plugin(self) -> Plugin:
         return get(self.kind, self.name)
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        """The plugin, and the methods that its options name."""
+        fields = self.plugin.schema.model_fields
+        named = [parse(value)[0] for key, value in self.options.items() if _METHOD in fields[key].metadata]
+        return [self.plugin, *(get("method", name) for name in named)]
+
+    def with_options(self, **options: Any) -> Reference:
+        """The same with these options.
+
+        Raises:
+            UserError: one is unknown, or has a wrong value.
+        """
+        return resolve(self.kind, self.name, {**self.shown, **options})
 
     def __call__(self, *args: Any) -> Any:
         return self.plugin(*args, **self.options)
@@ -261,7 +281,7 @@ def parse(text: str, where: str = "") -> tuple[str, dict[str, Any]]:
         raise UserError(f"{_at(where)}{text!r} is not a plugin reference; write `name` or `name[option=value]`")
     name, inside = match.groups()
     options: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[{]*[\]}])", inside or ""):
+    for part in _split(inside or ""):
         if not part.strip():
             continue
         key, equals, value = part.partition("=")
@@ -274,6 +294,13 @@ def parse(text: str, where: str = "") -> tuple[str, dict[str, Any]]:
         except yaml.YAMLError:
             raise UserError(f"{_at(where)}{value.strip()!r} in {text!r} is not a value") from None
     return name, options
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas that are in no brackets."""
+    depths = itertools.accumulate((character in "[{") - (character in "]}") for character in text)
+    cuts = [place for place, depth in enumerate(depths) if depth == 0 and text[place] == ","]
+    return [text[start + 1 : end] for start, end in itertools.pairwise([-1, *cuts, len(text)])]
 
 
 def resolve(kind: Kind, name: str, options: Mapping[str, Any] | None = None, where: str = "") -> Reference:

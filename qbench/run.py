@@ -46,7 +46,7 @@ class Run:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that the result depends on."""
-        plugins = (self.dataset, self.model, *self.recipe)
+        references = (self.dataset, self.model, *self.recipe)
         return {
             "schema": SCHEMA,
             "dataset": [self.dataset.name, dict(self.dataset.options), self.dataset_fingerprint],
@@ -54,7 +54,7 @@ class Run:
             "recipe": [[step.name, dict(step.options)] for step in self.recipe],
             "seed": self.seed,
             "calibration": [*self.calibration, self.manifest],
-            "sources": {f"{p.kind} {p.name}": p.plugin.fingerprint for p in plugins},
+            "sources": {f"{p.kind} {p.name}": p.fingerprint for r in references for p in r.plugins},
         }
 
     @functools.cached_property
