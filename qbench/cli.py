@@ -147,6 +147,36 @@ def train(
     commands.train(model, dataset, out, plugins=plugin or [], epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
 
 
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help="Model: `name[option=value]`.")],
+    dataset: Annotated[str, typer.Option(help="Dataset whose training images are used.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the table and its heat maps.")] = None,
+    plugin: Plugins = None,
+    bits: Annotated[str, typer.Option(help="Bit widths, with commas between them.")] = "8,4,3,2",
+    measure: Annotated[str, typer.Option(help="kl, loss (with labels), sqnr, hawq or fisher.")] = "kl",
+    method: Annotated[
+        str, typer.Option(help="What rounds the weights: `name[option=value]`.")
+    ] = "rtn[calibration=mse]",
+    images: Annotated[int, typer.Option(min=1, help="How many images to use.")] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Show what each layer loses at each bit width."""
+    from qbench.analyze import analyze as show_sensitivity
+
+    show_sensitivity(
+        model,
+        dataset,
+        out,
+        plugins=plugin or [],
+        bits=bits,
+        measure=measure,
+        method=method,
+        images=images,
+        seed=seed,
+    )
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on standard error and exit code 2."""
     try:

@@ -12,15 +12,15 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from qbench import registry
+from qbench.analysis.allocation import Budget, Solver, allocate
+from qbench.analysis.curvature import divergence
+from qbench.analysis.sensitivity import Measure, Sensitivity, rounded, sensitivity
+from qbench.analysis.ties import readers
 from qbench.data import Batches, Data
 from qbench.errors import Unsupported, UserError
 from qbench.metrics.coverage import macs
 from qbench.quant.activations import input_quantizer
-from qbench.quant.allocation import Budget, Solver, allocate
-from qbench.quant.curvature import divergence
 from qbench.quant.layers import select_layers, weight_of, within
-from qbench.quant.sensitivity import Measure, Sensitivity, rounded, sensitivity
-from qbench.quant.ties import readers
 from qbench.registry import Bits, MethodReference, method
 
 _OWN = ("bits", "layer_bits", "edge_bits", "skip")

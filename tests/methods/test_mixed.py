@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qbench import registry
+from qbench.analysis.allocation import Budget, allocate
+from qbench.analysis.curvature import divergence
+from qbench.analysis.sensitivity import rounded, sensitivity
 from qbench.data import Batches, Data
 from qbench.errors import UserError
 from qbench.metrics.coverage import macs
-from qbench.quant.allocation import Budget, allocate
-from qbench.quant.curvature import divergence
 from qbench.quant.layers import named_weight_layers
-from qbench.quant.sensitivity import rounded, sensitivity
 from qbench.registry import parse, resolve
 from qbench.workspace import Workspace
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qbench.analysis.allocation import Budget, allocate
 from qbench.errors import UserError
-from qbench.quant.allocation import Budget, allocate
 
 TIES = [(4, 6), (9, 11), (14, 16)]
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qbench.analysis.curvature import divergence, fisher_diagonals, hessian_traces
 from qbench.errors import Unsupported
-from qbench.quant.curvature import divergence, fisher_diagonals, hessian_traces
 
 NAMES = ["0", "3"]
 

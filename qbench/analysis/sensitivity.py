@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qbench.analysis.curvature import divergence, fisher_diagonals, hessian_traces
 from qbench.data import Data
 from qbench.errors import Unsupported
-from qbench.quant.curvature import divergence, fisher_diagonals, hessian_traces
 from qbench.quant.layers import select_layers, weight_of
 from qbench.quant.sweep import sweep
 from qbench.registry import Reference

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbench.analysis.curvature import fisher_diagonals
+from qbench.analysis.sensitivity import rounded, sensitivity
 from qbench.data import Batches, Data, Training
 from qbench.errors import Unsupported, UserError
-from qbench.quant.curvature import fisher_diagonals
-from qbench.quant.sensitivity import rounded, sensitivity
 from qbench.registry import resolve
 
 WIDTHS = (8, 3)

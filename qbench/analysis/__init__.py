@@ -1,0 +1,1 @@
+"""What quantizing a layer costs, and which bit widths to choose: no result passes through it but those of `mixed`."""
