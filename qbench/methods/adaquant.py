@@ -42,7 +42,7 @@ def adaquant(
         bits: width of the codes, -2**(bits-1) to 2**(bits-1) - 1.
         granularity: one step per tensor or per output channel; it starts with the least squared error.
         steps: of Adam, per layer; the authors take 100.
-        batch_size: images per step.
+        batch_size: images per step; fewer where an image has more than 14 x 14 positions, as many positions in all.
         lr: learning rate of the weights in units of their mean step; a tenth of it for the step, and a hundredth in
             units of the outputs for the bias. It falls to 0 along a cosine. The authors' rates are absolute.
         images: use the first so many calibration images; default all.
@@ -68,7 +68,7 @@ def adaquant(
         generator = torch.Generator(data.device).manual_seed(data.seed * 1_000_003 + stop.index)
 
         def learn(cache: Cache, unit: _Layer = unit, generator: torch.Generator = generator) -> None:
-            order = cache.batches(batch_size, generator)
+            order = cache.batches(cache.affordable(batch_size), generator)
 
             def loss() -> Tensor:
                 now = next(order)
