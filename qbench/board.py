@@ -11,7 +11,6 @@ import numpy as np
 
 from qbench.alarms import finer
 from qbench.metrics.ap import Matches, paired_interval
-from qbench.metrics.energy import millijoules
 from qbench.metrics.ratio import paired_ratio
 from qbench.run import Measurement, Result
 from qbench.stats import Interval, paired_difference, ranks
@@ -268,6 +267,8 @@ def _training_time(values: Values) -> dict[str, Any]:
 
 
 def _energy(values: Values) -> dict[str, Any]:
+    from qbench.metrics.energy import millijoules  # here, because it takes torch along
+
     rounds = [millijoules(v["windows"]) for v in values]
     name = "quantized" if "quantized" in rounds[0] else "float"
     judged: dict[str, Any] = {"energy_mj": float(np.median([e for r in rounds for e in r[name]]))}

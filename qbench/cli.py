@@ -78,9 +78,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show all that one run left."""
-    from qbench import commands
+    from qbench import reports
 
-    commands.show(key, results, as_json=as_json)
+    reports.show(key, results, as_json=as_json)
 
 
 @app.command()
@@ -89,9 +89,9 @@ def board(
     as_json: AsJson = False,
 ) -> None:
     """Judge the results again: write LEADERBOARD.md and leaderboard.csv, and print the table."""
-    from qbench import commands
+    from qbench import reports
 
-    commands.board(folders, as_json=as_json)
+    reports.board(folders, as_json=as_json)
 
 
 @app.command("list")
