@@ -88,8 +88,20 @@ def activation_difference(floats: Interval, fixed: Interval, difference: Interva
     return Interval(choose(1), choose(2)).intersect(Interval(cl - u.clamp(min=0), cu - l.clamp(min=0)))
 
 
-def output_difference(layers: Sequence[Layer], form: FixedPoint, low: Tensor, high: Tensor) -> Interval:
-    """Where fixed point minus float can be for each output, (n,), for any pixels in a box.
+@dataclass(frozen=True)
+class Stage:
+    """What is known behind one layer, (n,) each."""
+
+    floats: Interval
+    """The float network, in front of the activation."""
+    fixed: Interval
+    """The fixed-point one, rounded (but for the last layer)."""
+    difference: Interval
+    """Fixed point minus float, behind the activation."""
+
+
+def propagate(layers: Sequence[Layer], form: FixedPoint, low: Tensor, high: Tensor) -> list[Stage]:
+    """Where both networks, and their difference, can be behind each layer, for any pixels in a box.
 
     Args:
         layers: of the float network.
@@ -98,17 +110,19 @@ def output_difference(layers: Sequence[Layer], form: FixedPoint, low: Tensor, hi
         high: greatest value.
     """
     x = Interval(low.double() / PIXELS, high.double() / PIXELS)
-    fixed = x.times(torch.eye(len(low), dtype=torch.float64) * (PIXELS / (PIXELS + 1)))
+    fixed = Interval(low.double() / (PIXELS + 1), high.double() / (PIXELS + 1))
     difference = Interval(-x.high / (PIXELS + 1), -x.low / (PIXELS + 1))
+    stages = []
     *hidden, last = zip(layers, form.quantize(layers), strict=True)
     for layer, rounded in hidden:
-        before, fixed, difference = _linear(layer, rounded, x, fixed, difference)
-        fixed = Interval(form.round(fixed.low), form.round(fixed.high))
+        before, after, difference = _linear(layer, rounded, x, fixed, difference)
+        after = Interval(form.round(after.low), form.round(after.high))
         difference = Interval(difference.low - form.half, difference.high + form.half)
-        difference = activation_difference(before, fixed, difference, form.top)
-        x, fixed = before.clamp(0, torch.inf), fixed.clamp(0, form.top)
-    before, fixed, difference = _linear(*last, x, fixed, difference)
-    return difference.intersect(fixed.minus(before))
+        difference = activation_difference(before, after, difference, form.top)
+        x, fixed = before.clamp(0, torch.inf), after.clamp(0, form.top)
+        stages.append(Stage(before, after, difference))
+    before, after, difference = _linear(*last, x, fixed, difference)
+    return [*stages, Stage(before, after, difference.intersect(after.minus(before)))]
 
 
 def _linear(

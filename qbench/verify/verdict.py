@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qbench.errors import UserError
-from qbench.verify.differences import Interval, output_difference
+from qbench.verify.differences import Interval, propagate
+from qbench.verify.exact import Exact
 from qbench.verify.fixed_point import PIXELS, FixedPoint, Layer, answer
 
 _STARTS = 8
 """Ascents for each output and sign."""
 
 
+State = Literal["proved", "falsified", "unknown"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What is known of the difference of each output (n,), fixed point minus float, in a box of pixels."""
 
-    state: Literal["proved", "falsified", "unknown"]
+    state: State
+    by_intervals: bool
+    """Whether the intervals proved it, without the program."""
     proved: Interval
     """The differences are in here."""
     found: Interval
@@ -39,6 +47,7 @@ def verify(
     epsilon: float,
     samples: int = 1000,
     steps: int = 30,
+    seconds: float = 0.0,
     seed: int = 0,
 ) -> Verdict:
     """Bound the differences of all outputs from above by a proof, and from below by a search.
@@ -51,6 +60,8 @@ def verify(
         epsilon: what no output's difference may reach.
         samples: random points to look at.
         steps: of the search that starts from the best of them.
+        seconds: that a mixed-integer program may take where intervals and search do not decide; 0 leaves it out. What
+            it proves holds up to the solver's tolerances.
         seed: of the points.
 
     Raises:
@@ -60,17 +71,44 @@ def verify(
         raise UserError(f"bits={bits}: activations have two bits in front of the point; use 3 bits or more")
     if not bool(((low >= 0) & (low <= high) & (high <= PIXELS)).all()):
         raise UserError(f"low and high must be pixels from 0 to {PIXELS}, low not above high")
-    form = FixedPoint(bits)
-    proved = output_difference(layers, form, low, high)
-    points, differences = search(layers, form, low.double(), high.double(), samples=samples, steps=steps, seed=seed)
-    found = Interval(differences.amin(0), differences.amax(0))
+    form, low, high = FixedPoint(bits), low.double(), high.double()
+    stages = propagate(layers, form, low, high)
+    proved = stages[-1].difference
+    by_intervals = _largest(proved) < epsilon
+    points, differences = search(layers, form, low, high, samples=samples, steps=steps, seed=seed)
+    if seconds > 0 and float(differences.abs().max()) < epsilon <= _largest(proved):
+        program = Exact(layers, form, low, high, stages)
+        proved, solutions = _tightened(program, proved, epsilon, seconds)
+        points = torch.cat([points, *solutions])
+        differences = torch.cat([differences, *(difference_at(layers, form, pixels) for pixels in solutions)])
     greatest = differences.abs().amax(1)
-    state: Literal["proved", "falsified", "unknown"] = "unknown"
-    if float(torch.maximum(-proved.low, proved.high).max()) < epsilon:
-        state = "proved"
-    elif float(greatest.max()) >= epsilon:
+    state: State = "proved" if _largest(proved) < epsilon else "unknown"
+    if float(greatest.max()) >= epsilon:
         state = "falsified"
-    return Verdict(state, proved, found, points[greatest.argmax()])
+    found = Interval(differences.amin(0), differences.amax(0))
+    return Verdict(state, by_intervals, proved, found, points[greatest.argmax()])
+
+
+def _largest(differences: Interval) -> float:
+    return float(torch.maximum(-differences.low, differences.high).max())
+
+
+def _tightened(program: Exact, proved: Interval, epsilon: float, seconds: float) -> tuple[Interval, list[Tensor]]:
+    """Ends of the intervals that reach epsilon, by the program; and the pixels (1, d) that it found."""
+    until = time.monotonic() + seconds
+    ends = torch.stack([-proved.low, proved.high])
+    solutions = []
+    for side, output in (ends >= epsilon).nonzero().tolist():
+        bound, pixels = program.greatest(output, 2 * side - 1, max(until - time.monotonic(), 0.0))
+        ends[side, output] = min(bound, float(ends[side, output]))
+        if pixels is not None:
+            solutions.append(torch.from_numpy(pixels)[None])
+    return Interval(-ends[0], ends[1]), solutions
+
+
+def difference_at(layers: Sequence[Layer], form: FixedPoint, pixels: Tensor) -> Tensor:
+    """Fixed point minus float (..., n) for pixels (..., d)."""
+    return form.answer(form.quantize(layers), pixels) - answer(layers, pixels)
 
 
 def search(
@@ -81,13 +119,10 @@ def search(
     They are random points and the two ends of the box, and what is tried in ascents from the best of them, for each
     output and sign: steps along the gradient straight through the rounding, and steps by chance. The best is kept.
     """
-    quantized = form.quantize(layers)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(samples, len(low), generator=generator, dtype=torch.float64)
     points = torch.cat([low[None], high[None], low + (drawn * (high - low + 1)).floor().minimum(high - low)])
-
-    def difference(pixels: Tensor) -> Tensor:
-        return form.answer(quantized, pixels) - answer(layers, pixels)
+    difference = partial(difference_at, layers, form)
 
     seen, differences = [points], [difference(points)]
     outputs = differences[0].shape[1]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qbench.errors import Unsupported, UserError
-from qbench.verify.differences import Interval, activation_difference, output_difference
+from qbench.verify.differences import Interval, activation_difference, propagate
+from qbench.verify.exact import Exact
 from qbench.verify.fixed_point import FixedPoint, Layer, answer, away, layers_of
-from qbench.verify.verdict import search, verify
+from qbench.verify.verdict import difference_at, search, verify
 
 ROUNDED = 1e-9
 
@@ -60,7 +61,7 @@ def test_no_sample_is_outside(bits: int, sizes: tuple[int, ...]) -> None:
     for seed, radius in product(range(5), (0, 3, 60, 255)):
         layers, form = network(seed, *sizes, size=2.0), FixedPoint(bits)
         low, high = box(seed, sizes[0], radius)
-        bound = output_difference(layers, form, low, high)
+        bound = propagate(layers, form, low, high)[-1].difference
         pixels = low + (torch.rand(1000, sizes[0], dtype=torch.float64) * (high - low + 1)).floor()
         difference = form.answer(form.quantize(layers), pixels) - answer(layers, pixels)
         assert (difference >= bound.low - ROUNDED).all()
@@ -76,7 +77,7 @@ def test_weights_on_the_grid_leave_only_what_activations_and_inputs_are_rounded_
     for bits in (6, 8, 10, 12, 16):
         form = FixedPoint(bits)
         assert all(torch.equal(a.weight, b.weight) for a, b in zip(form.quantize(coarse), coarse, strict=True))
-        bound = output_difference(coarse, form, low, high)
+        bound = propagate(coarse, form, low, high)[-1].difference
         first, second = (layer.weight.abs() for layer in coarse)
         most = second @ (form.half + first.sum(1) / 256)
         assert (torch.maximum(bound.high, -bound.low) <= most + ROUNDED).all()
@@ -96,7 +97,7 @@ def test_the_search_nearly_finds_the_greatest_difference_of_all() -> None:
         assert (pixels == pixels.round()).all()
         assert (pixels >= low).all()
         assert (pixels <= high).all()
-        bound = output_difference(layers, form, low, high)
+        bound = propagate(layers, form, low, high)[-1].difference
         assert (bound.low - ROUNDED <= every.amin(0)).all()
         assert (every.amax(0) <= bound.high + ROUNDED).all()
         assert (every.amin(0) <= found.amin(0)).all()
@@ -116,6 +117,33 @@ def test_verdicts() -> None:
     form = FixedPoint(6)
     witnessed = form.answer(form.quantize(layers), verdict.witness) - answer(layers, verdict.witness)
     assert float(witnessed.abs().max()) == lower
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 2), (2, 4, 3, 1), (2, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_program_finds_the_greatest_difference_of_all(sizes: tuple[int, ...], seed: int) -> None:
+    low, high = torch.tensor([20.0, 100.0]).double(), torch.tensor([51.0, 131.0]).double()
+    grid = torch.cartesian_prod(*(torch.arange(a, b + 1).double() for a, b in zip(low, high, strict=True)))
+    # Large weights, so that ReLU, both ends of the clamps and none of them occur.
+    layers, form = network(seed, *sizes, size=4.0), FixedPoint(4)
+    every = difference_at(layers, form, grid)
+    program = Exact(layers, form, low, high, propagate(layers, form, low, high))
+    for output, sign in product(range(sizes[-1]), (-1, 1)):
+        bound, pixels = program.greatest(output, sign, seconds=30)
+        assert bound == pytest.approx(float((sign * every[:, output]).max()), abs=1e-5)
+        reached = sign * difference_at(layers, form, torch.from_numpy(pixels))[output]
+        assert float(reached) == pytest.approx(bound, abs=1e-5)
+
+
+def test_the_program_decides_what_intervals_do_not() -> None:
+    layers = network(1, 2, 3, 2)
+    low, high = torch.tensor([20, 100]), torch.tensor([80, 131])
+    rough = verify(layers, 5, low, high, epsilon=1e-9)
+    upper, lower = (float(torch.maximum(-i.low, i.high).max()) for i in (rough.proved, rough.found))
+    verdict = verify(layers, 5, low, high, epsilon=0.5 * (upper + lower), seconds=60)
+    assert (verdict.state, verdict.by_intervals) == ("proved", False)
+    assert (verdict.proved.high <= rough.proved.high).all()
+    assert verify(layers, 5, low, high, epsilon=0.5 * (upper + lower), seconds=1e-9).state == "unknown"
 
 
 def test_networks_are_read_from_modules() -> None:
