@@ -69,9 +69,9 @@ def verify(
     """
     if bits < 3:
         raise UserError(f"bits={bits}: activations have two bits in front of the point; use 3 bits or more")
-    if not bool(((low >= 0) & (low <= high) & (high <= PIXELS)).all()):
-        raise UserError(f"low and high must be pixels from 0 to {PIXELS}, low not above high")
     form, low, high = FixedPoint(bits), low.double(), high.double()
+    if not bool(((low >= 0) & (low <= high) & (high <= PIXELS) & (low.frac() == 0) & (high.frac() == 0)).all()):
+        raise UserError(f"low and high must be whole pixels from 0 to {PIXELS}, low not above high")
     stages = propagate(layers, form, low, high)
     proved = stages[-1].difference
     by_intervals = _largest(proved) < epsilon

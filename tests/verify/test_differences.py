@@ -170,5 +170,6 @@ def test_boxes_and_bits_are_checked() -> None:
     layers = network(0, 2, 2)
     with pytest.raises(UserError, match="3 bits"):
         verify(layers, 2, torch.zeros(2), torch.ones(2), epsilon=1.0)
-    with pytest.raises(UserError, match="0 to 255"):
-        verify(layers, 4, torch.ones(2), torch.zeros(2), epsilon=1.0)
+    for low, high in ((1.0, 0.0), (-1.0, 3.0), (3.0, 256.0), (0.5, 3.0)):
+        with pytest.raises(UserError, match="0 to 255"):
+            verify(layers, 4, torch.full((2,), low), torch.full((2,), high), epsilon=1.0)
