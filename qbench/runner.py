@@ -169,6 +169,7 @@ class Runner:
             "results": str(self.store.folder),
             "cache": str(self.cache),
             "threads": max(1, cores() // jobs),
+            "memory": self.memory,
         }
         pool.submit(job, seconds=self.plan.suite.limits.time, memory=self.memory)
 

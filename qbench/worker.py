@@ -27,6 +27,7 @@ from qbench.metrics.base import Finished
 from qbench.quant import activations, packing
 from qbench.quant.layers import encodings
 from qbench.quant.packing import Origin, Sizes
+from qbench.quant.paging import limit_memory
 from qbench.registry import Reference
 from qbench.run import Measurement, Phase, Result, Run, Status, engine, restore
 from qbench.score import agree, score
@@ -40,6 +41,7 @@ Emit = Callable[..., None]
 def work(job: dict[str, Any], emit: Emit) -> None:
     """Do one job of the runner: the whole run, or further metrics of a finished one. Writes the result."""
     torch.set_num_threads(job["threads"])
+    limit_memory(job["memory"])
     for path in job["plugins"]:
         registry.load_file(path)
     registry.load_entry_points()

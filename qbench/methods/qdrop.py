@@ -17,7 +17,7 @@ def qdrop(
     data: Data,
     *,
     bits: Annotated[int, Field(ge=2, le=8)] = 4,
-    activation_bits: Annotated[int, Field(ge=2, le=8)] = 4,
+    activation_bits: Annotated[int, Field(ge=2, le=8)] | None = 4,
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5,
     granularity: Literal["tensor", "channel"] = "channel",
     symmetric: bool = False,
@@ -41,7 +41,8 @@ def qdrop(
         model: changed in place.
         data: its calibration images, and its float network.
         bits: width of the weights' codes.
-        activation_bits: width of the inputs' codes, which are unsigned with a zero point.
+        activation_bits: width of the inputs' codes, which are unsigned with a zero point; null leaves inputs without a
+            quantizer in float, and blocks still see them mixed with the float network's.
         keep: the probability of a number to be quantized while learning; in the end all are.
         granularity: one scale per tensor or per output channel; it minimises sum |w - q|^2.4 and is kept.
         symmetric: weights from -(2**(bits-1) - 1) to 2**(bits-1) - 1 about 0; otherwise 0 to 2**bits - 1, zero point.

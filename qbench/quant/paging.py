@@ -41,11 +41,20 @@ class _Page:
         return self.offset is None and not self.shared and not self.lent
 
 
+_limits: list[int] = []
+
+
+def limit_memory(limit: int) -> None:
+    """Tell that this process is killed when it holds more bytes than that."""
+    _limits[:] = [limit]
+
+
 def available(device: torch.device) -> int:
-    """Bytes of memory that are free on the device."""
+    """Bytes of memory that are free on the device, and that this process may still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    held = psutil.Process().memory_info().rss
+    return max(0, min([psutil.virtual_memory().available, *(limit - held for limit in _limits)]))
 
 
 class Pager(TorchDispatchMode):

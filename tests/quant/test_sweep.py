@@ -226,3 +226,13 @@ def test_a_view_that_needs_the_plain_layout_works() -> None:
             return self.head(x.view(x.shape[0], -1))
 
     assert [stop.name for stop in sweep(Flat().eval(), images())] == ["conv", "head"]
+
+
+def test_the_budget_follows_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paging, "_limits", [])
+    cpu = torch.device("cpu")
+    free = paging.available(cpu)
+    paging.limit_memory(1 << 40)
+    assert paging.available(cpu) <= 1 << 40
+    paging.limit_memory(1)
+    assert paging.available(cpu) == 0 < free
