@@ -35,6 +35,7 @@ REFUSED = {
     "transposed": (PATCHES, r"body\.1: .*ConvTranspose2d.*skip=\[body\.1\]"),
     "half": ({"adaquant"}, r"net\.body\.0 is float16"),
     "bfloat16": ({"adaquant"}, r"net\.body\.0 is bfloat16"),
+    "one layer": ({"mixed"}, "its outputs are not class scores"),
 }
 """The combinations that are not supported, and what is said about them."""
 SAME = {"half": 1e-3, "bfloat16": 1e-2}
@@ -45,7 +46,8 @@ def refusal(case: str, kind: str) -> str | None:
     if "matmuls=true" in case or resolve(case).name in TRANSFORMERS:
         return "the attention mix" if kind == "attention" else "the model multiplies no activations"
     methods, reason = REFUSED.get(kind, (set(), ""))
-    return reason if resolve(case).name in methods else None
+    method = resolve(case)
+    return reason if methods & {method.name, method.options.get("method")} else None
 
 
 class Noise:
