@@ -245,6 +245,7 @@ def _latency(values: Values) -> dict[str, Any]:
         judged["latency_ms"] = 1000 * float(np.median(quantized))
         judged["latency_ratio"] = Interval(*paired_ratio(quantized, reference))
         judged["latency_ratio_unstable"] = noise > _NOISE
+        judged["latency_ratio_saturates"] = any(v.get("saturates", False) for v in values)
         judged["integer_layers"] = f"{values[0]['integer_layers']}/{values[0]['compute_layers']}"
     return judged
 

@@ -31,7 +31,7 @@ def _interval(key: str, form: str) -> Cell:
         value: Interval | None = cells.get(key)
         if value is None:
             return None
-        mark = " unstable" if cells.get(f"{key}_unstable") else ""
+        mark = "".join(f" {word}" for word in ("unstable", "saturates") if cells.get(f"{key}_{word}"))
         return f"{value.estimate:{form}} [{value.low:{form}}, {value.high:{form}}]{mark}"
 
     return cell

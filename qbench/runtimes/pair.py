@@ -15,6 +15,7 @@ from qbench.metrics.base import Finished
 from qbench.quant import structure
 from qbench.runtimes.base import Compiled, flatten
 from qbench.runtimes.integers import is_quantized
+from qbench.runtimes.saturation import saturates
 
 _AGREEMENT_IMAGES = 16
 
@@ -49,6 +50,7 @@ def deploy(finished: Finished, runtime: str, batch_size: int, threads: int) -> D
     for name in ("float", "float_again"):
         networks[name] = engine.compile(finished.load_float(), example, threads=threads)
     first = next(iter(networks.values()))
+    probed = {"saturates": saturates(engine, threads)} if first.integer_layers else {}
     facts = {
         "runtime": runtime,
         "batch_size": batch_size,
@@ -58,6 +60,7 @@ def deploy(finished: Finished, runtime: str, batch_size: int, threads: int) -> D
         "claimed_layers": len(first.claimed_layers),
         "float_layers": dict(first.float_layers),
         "agreement": agreement(finished, scored, first, batch_size),
+        **probed,
     }
     return Deployed(networks, np.ascontiguousarray(example.cpu().numpy()), engine.device, facts)
 
