@@ -138,14 +138,18 @@ def _flow(normal: Normal, axis: int) -> _Flow:
 def _after(flow: _Flow, operation: str, args: Any, kwargs: Any, out: Tensor) -> _Flow | None:
     """What comes out of an operation; None where it is not known."""
     if operation in RELU | CLIP | _CLAMP:
-        low, high = _ends(operation, args, kwargs)
+        low, high = _ends(operation, args)
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            return None
         return flow.clipped(*(torch.full_like(flow.normal.mean, end) for end in (low, high)))
     axis = None if operation in LEAKY | _EXTREMES else axis_after(operation, args, kwargs, flow.axis, out)
     return None if axis is None else replace(flow, axis=axis, averaged=flow.averaged or operation in _MEANS)
 
 
-def _ends(operation: str, args: Any, kwargs: Any) -> tuple[float, float]:
+def _ends(operation: str, args: Any) -> tuple[Any, Any]:
+    """What is clipped to; arguments that are defaults do not come here."""
     if operation in RELU:
         return 0.0, torch.inf
-    low, high = ([*args[1:], None, None] if len(args) > 1 else [kwargs.get("min"), kwargs.get("max")])[:2]
-    return -torch.inf if low is None else low, torch.inf if high is None else high
+    usual = (-1.0, 1.0) if operation in CLIP else (-torch.inf, torch.inf)
+    low, high = [*args[1:], None, None][:2]
+    return usual[0] if low is None else low, usual[1] if high is None else high
