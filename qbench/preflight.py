@@ -18,16 +18,21 @@ def check(runs: Iterable[Run], cache: Path, message: Callable[[str], None]) -> N
     Args:
         runs: that are about to start.
         cache: folder of what is kept between runs.
-        message: told what is being prepared, and which images are skipped.
+        message: told what is being prepared, what was mended in the annotations, and which images are skipped.
 
     Raises:
         UserError: weights are missing, damaged or do not fit, or an image cannot be read.
     """
+    told: set[str] = set()
     cells = {(run.label.rsplit("/", 2)[0], run.manifest): run for run in runs}
     for (name, _), run in cells.items():
         message(f"preparing {name}")
         space = Workspace(run.dataset, run.model, run.calibration, cache, torch.device("cpu"))
         space.model.load()
+        for note in space.dataset.notes:
+            if note not in told:
+                message(note)
+                told.add(note)
         for split in ("calibration", "evaluation"):
             images = space.images(split)
             if len(images) == 0:

@@ -1,5 +1,6 @@
 """Wrong input stops a suite before anything is written."""
 
+import json
 from pathlib import Path
 from textwrap import dedent
 
@@ -9,9 +10,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from qbench import plan, preflight
 from qbench.cli import app
 from qbench.commands import run
 from qbench.errors import UserError
+from qbench.suite import load
 
 
 def images(folder: Path) -> None:
@@ -85,6 +88,34 @@ def test_unreadable_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "skipped: the evaluation image" in capsys.readouterr().out
     board = (tmp_path / "results" / "s" / "LEADERBOARD.md").read_text()
     assert "5 images scored (1 unreadable ones skipped)" in board
+
+
+def test_what_was_mended_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for split, box in (("train", [0, 0, 9, 9]), ("val", [-3, 0, 9, 9])):
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / f"{split}.png")
+        content = {
+            "images": [{"id": 1, "file_name": f"{split}.png", "width": 40, "height": 30}],
+            "categories": [{"id": 1, "name": "cat"}],
+            "annotations": [{"image_id": 1, "category_id": 1, "bbox": box}],
+        }
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    (tmp_path / "s.yaml").write_text(
+        dedent(f"""
+            tasks:
+              - dataset: {{coco_folder: {{root: {tmp_path}, train: train.json, evaluation: val.json,
+                                          train_images: images, evaluation_images: images}}}}
+                models: [digit_detector]
+                calibration: {{images: 1}}
+            recipes: [fp32, rtn]
+            metrics: [map]
+        """)
+    )
+    told: list[str] = []
+    preflight.check(plan.make(*load(tmp_path / "s.yaml", [], []), []).runs, tmp_path / "cache", told.append)
+    assert [line for line in told if "clipped" in line] == [
+        f"{tmp_path}/val.json: boxes that reach out of their images: clipped: 1"
+    ]
 
 
 def test_missing_data(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ class Dataset:
     fingerprint: str
     """Hash of what the images and targets are: names and sizes suffice for files on disk."""
     augment: Augment | None = None
+    notes: tuple[str, ...] = ()
+    """What was mended or left out when the annotations were read, a line each."""
 
 
 @dataclass(frozen=True)

@@ -55,16 +55,16 @@ def prepare(image: Image.Image, preprocess: Preprocess, resized: bool = False) -
 def to_network(
     xyxy: np.ndarray, original_size: tuple[int, int], preprocess: Preprocess, resized: bool = False
 ) -> np.ndarray:
-    """Boxes (n, 4) in pixels of the original image, as float32 pixels of the network's input; nothing is clipped.
+    """Boxes (n, 4) in pixels of the original image, in pixels of the network's input; nothing is clipped.
 
     Args:
-        xyxy: left, top, right, bottom.
+        xyxy: left, top, right, bottom; the result has their precision, float32 at least.
         original_size: (width, height).
         preprocess: of the model.
         resized: as for `prepare`.
     """
     scale, offset = _affine(original_size, preprocess, resized)
-    return (np.asarray(xyxy, dtype=np.float64).reshape(-1, 4) * scale + offset).astype(np.float32)
+    return (np.asarray(xyxy, dtype=np.float64).reshape(-1, 4) * scale + offset).astype(_precision(xyxy))
 
 
 def to_image(
@@ -72,7 +72,11 @@ def to_image(
 ) -> np.ndarray:
     """The inverse of `to_network`."""
     scale, offset = _affine(original_size, preprocess, resized)
-    return ((np.asarray(xyxy, dtype=np.float64).reshape(-1, 4) - offset) / scale).astype(np.float32)
+    return ((np.asarray(xyxy, dtype=np.float64).reshape(-1, 4) - offset) / scale).astype(_precision(xyxy))
+
+
+def _precision(xyxy: np.ndarray) -> np.dtype:
+    return np.result_type(xyxy.dtype, np.float32)
 
 
 def _affine(original: tuple[int, int], preprocess: Preprocess, resized: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -75,14 +75,47 @@ preprocessings = st.builds(
 @settings(max_examples=200, deadline=None)
 @given(
     own=preprocessings,
-    size=st.tuples(st.integers(4, 2000), st.integers(4, 2000)),
-    corners=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    size=st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+    corners=st.lists(st.floats(-0.5, 1.5), min_size=4, max_size=4),
     resized=st.booleans(),
 )
 def test_boxes_come_back(own: Preprocess, size: tuple[int, int], corners: list[float], resized: bool) -> None:
     xyxy = np.array([corners]) * np.tile(size, 2)
     there = to_network(xyxy, size, own, resized)
-    assert np.abs(to_image(there, size, own, resized) - xyxy).max() <= 1e-3 * max(size)
+    np.testing.assert_allclose(to_image(there, size, own, resized), xyxy, rtol=0, atol=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    mode=st.sampled_from(["crop", "squash", "letterbox"]),
+    size=st.tuples(st.integers(200, 640), st.integers(200, 640)),
+    corners=st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4),
+)
+def test_boxes_of_detectors_come_back_in_single_precision(mode, size: tuple[int, int], corners: list[float]) -> None:
+    own = Preprocess((300, 300), resize=300 if mode == "crop" else None, mode=mode)
+    xyxy = (np.array([corners]) * np.tile(size, 2)).astype(np.float32)
+    back = to_image(to_network(xyxy, size, own), size, own)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, xyxy, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("own", "size", "expected"),
+    [
+        (Preprocess((300, 300), mode="squash"), (640, 480), (0, 0, 300, 300)),
+        (Preprocess((300, 300), mode="squash"), (1, 1), (0, 0, 300, 300)),
+        (Preprocess((300, 300), mode="letterbox"), (600, 300), (0, 75, 300, 225)),
+        (Preprocess((300, 300), mode="letterbox"), (301, 300), (0, 0, 300, 299)),
+        (Preprocess((300, 300), mode="letterbox"), (2000, 1), (0, 149, 300, 150)),
+        (Preprocess((300, 300), resize=300), (400, 300), (-50, 0, 350, 300)),
+        (Preprocess((300, 300), resize=300), (1, 3), (0, -300, 300, 600)),
+        (Preprocess((300, 300), resize=256), (256, 256), (22, 22, 278, 278)),
+    ],
+)
+def test_where_the_whole_image_lands(own: Preprocess, size: tuple[int, int], expected: tuple[int, ...]) -> None:
+    whole = np.array([[0, 0, *size]], dtype=np.float64)
+    np.testing.assert_array_equal(to_network(whole, size, own), [expected])
+    np.testing.assert_allclose(to_image(np.array([expected], dtype=np.float64), size, own), whole, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash", "letterbox"])
