@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qbench import floatruntime, registry, score
-from qbench.datasets.base import Split
+from qbench.datasets.base import Boxes, Split
 from qbench.datasets.images import ImageArray, open_images
+from qbench.metrics.ap import ap_from_matches, match
+from qbench.metrics.map import coco_stats
 from qbench.models.base import Detections, Model, Preprocess
 from qbench.quant.activations import StaticQuantizer, quantize_input
 
@@ -129,6 +131,19 @@ def test_boxes_are_in_pixels_of_the_original_image(tmp_path: Path) -> None:
     assert outcomes["image"].tolist() == [0]
     assert outcomes["xyxy"].tolist() == [[10.0, 4.0, 40.0, 16.0]]
     assert (outcomes["score"].tolist(), outcomes["label"].tolist()) == ([0.5], [3])
+
+
+def test_a_detector_that_finds_nothing_scores_zero(tmp_path: Path) -> None:
+    own = Preprocess((8, 8), mode="squash")
+
+    def decode(outputs: Tensor) -> list[Detections]:
+        return [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))] * len(outputs)
+
+    outcomes, _ = run(nn.Identity(), images(tmp_path, [0] * 3, own=own), spec(nn.Identity(), own, decode))
+    targets = [Boxes(np.array([[1, 1, 5, 5]], np.float32), np.array([label])) for label in range(3)]
+    stats = coco_stats(targets, outcomes, 3)
+    assert stats["AP"] == stats["AR100"] == 0
+    assert ap_from_matches(match(outcomes, targets, 3), np.ones((1, 3))).tolist() == [0]
 
 
 @pytest.mark.parametrize("module", [Network(), Two()])
