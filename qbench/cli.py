@@ -177,6 +177,20 @@ def analyze(
     )
 
 
+@app.command()
+def export(
+    what: Annotated[str, typer.Argument(help="Key of a run, or the beginning of it; or the file of an artifact.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the model and its card.")],
+    target: Annotated[str, typer.Option("--format", help="onnx or openvino.")] = "onnx",
+    results: Results = HERE,
+    plugin: Plugins = None,
+) -> None:
+    """Write a run's network as a file that other programs run, with a model card."""
+    from qbench.export import export as write
+
+    write(what, out, target, results=results, plugins=plugin or [])
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on standard error and exit code 2."""
     try:

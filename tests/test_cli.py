@@ -56,6 +56,7 @@ def test_describe_shows_options_types_defaults_track_and_paper() -> None:
         (["list", "methods"], "did you mean 'method'"),
         (["describe", "gpfk"], "did you mean 'gpfq'"),
         (["show", "ffffffffffff"], "matches no result"),
+        (["export", "ffffffffffff", "-o", "exported"], "matches no result"),
         (["check", "rtn[bits=0]"], "option bits=0"),
         (["run", "nowhere.yaml"], "No such file"),
         (["run", "suites/quickstart.yaml", "--redo", "some"], "write failed, stale or all"),

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.layers import Conv2dSame, get_same_padding
 from torch import Tensor, nn
 
 from qbench.errors import Unsupported
 from qbench.registry import runtime
 from qbench.runtimes.base import Compiled, Runtime
 from qbench.runtimes.integers import NOT, is_quantized, judge, with_integers
+from qbench.runtimes.padding import fix_padding
 
 _COMPUTE = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 
@@ -31,19 +31,20 @@ class _OpenVino:
     device: Literal["cpu", "cuda"] = "cpu"
 
     def compile(self, module: nn.Module, example: Tensor, *, threads: int) -> Compiled:
-        integer, floats = judge(module) if is_quantized(module) else ((), {})
-        ov = _import()
-        plain = with_integers(module, integer) if integer else copy.deepcopy(module).cpu().eval()
-        _fix_padding(plain, example.cpu())
-        network = ov.Core().compile_model(
-            _convert(ov, plain, example.cpu()),
-            "CPU",
-            {
-                "INFERENCE_NUM_THREADS": threads,
-                "NUM_STREAMS": 1,
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32",
-            },
+        converted, integer, floats = to_openvino(module, example)
+        network = (
+            import_openvino()
+            .Core()
+            .compile_model(
+                converted,
+                "CPU",
+                {
+                    "INFERENCE_NUM_THREADS": threads,
+                    "NUM_STREAMS": 1,
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_PRECISION_HINT": "f32",
+                },
+            )
         )
         kernels = _kernels(network)
         verified = sum(kernel.lower().endswith("_i8") for kernel in kernels)
@@ -54,7 +55,24 @@ class _OpenVino:
         return Compiled(_runner(network), verified, len(kernels), integer, floats)
 
 
-def _import() -> Any:
+def to_openvino(module: nn.Module, example: Tensor) -> tuple[Any, tuple[str, ...], Mapping[str, str]]:
+    """The network as an `openvino.Model` for batches like `example`, the layers that are integers, and the others.
+
+    Raises:
+        Unsupported: OpenVINO is missing, or the network is quantized in a way that it can only simulate.
+    """
+    integer, floats = judge(module) if is_quantized(module) else ((), {})
+    ov = import_openvino()
+    plain = with_integers(module, integer) if integer else copy.deepcopy(module).cpu().eval()
+    fix_padding(plain, example.cpu())
+    return _convert(ov, plain, example.cpu()), integer, floats
+
+
+def import_openvino() -> Any:
+    """
+    Raises:
+        Unsupported: the optional package is missing.
+    """
     # OpenVINO's converter sends usage statistics unless their package is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
@@ -70,41 +88,6 @@ def _convert(ov: Any, module: nn.Module, example: Tensor) -> Any:
         converted = ov.convert_model(module, example_input=example)
     converted.reshape(list(example.shape))
     return converted
-
-
-def _fix_padding(module: nn.Module, example: Tensor) -> None:
-    """Make the SAME padding of timm's convolutions constant, so that it becomes part of the convolution.
-
-    Otherwise it is computed from the input's shape, and a padded input with a zero point is not integer any more.
-    """
-    sizes: dict[Conv2dSame, set[tuple[int, ...]]] = {}
-
-    def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, Conv2dSame)
-        sizes.setdefault(layer, set()).add(tuple(inputs[0].shape[-2:]))
-
-    hooks = [m.register_forward_pre_hook(see) for m in module.modules() if isinstance(m, Conv2dSame)]
-    if not hooks:
-        return
-    with torch.no_grad():
-        module(example)
-    for hook in hooks:
-        hook.remove()
-    for layer, seen in sizes.items():
-        if len(seen) > 1:
-            continue
-        (size,) = seen
-        total = [
-            get_same_padding(n, k, s, d)
-            for n, k, s, d in zip(size, layer.kernel_size, layer.stride, layer.dilation, strict=True)
-        ]
-        pad = [side for n in reversed(total) for side in (n // 2, n - n // 2)]
-        layer.padding = (0, 0)
-        layer.forward = _padded(layer, pad)  # type: ignore[method-assign]
-
-
-def _padded(layer: nn.Conv2d, pad: list[int]) -> Any:
-    return lambda x: layer._conv_forward(F.pad(x, pad), layer.weight, layer.bias)
 
 
 def _kernels(network: Any) -> list[str]:
