@@ -131,4 +131,4 @@ def test_results_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_the_command_line_has_every_command() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"run", "status", "show", "board", "list", "describe", "check", "train", "analyze"}
+    assert names == {"run", "status", "show", "board", "list", "describe", "check", "train", "analyze", "export"}
