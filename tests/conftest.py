@@ -24,6 +24,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers for a test, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("QBENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
