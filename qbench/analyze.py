@@ -103,12 +103,9 @@ def _show(found: Sensitivity, title: str) -> None:
     console = Console(highlight=False)
     console.print(table)
     if "probes" in found.notes:
-        errors = [
-            found.notes["standard_error"][name] / max(abs(trace), 1e-30) for name, trace in found.notes["trace"].items()
-        ]
-        console.print(
-            f"{found.notes['probes']} probes; standard errors of the traces: {min(errors):.1%} to {max(errors):.1%}"
-        )
+        traces, probes = found.notes["trace"], sum(found.notes["probes"].values())
+        errors = [error / max(abs(traces[name]), 1e-30) for name, error in found.notes["standard_error"].items()]
+        console.print(f"{probes} probes in all; standard errors of the traces: {min(errors):.1%} to {max(errors):.1%}")
 
 
 def _write(found: Sensitivity, folder: Path, origin: dict[str, Any]) -> None:

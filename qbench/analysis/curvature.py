@@ -28,7 +28,7 @@ class Traces:
     mean: dict[str, float]
     """By layer."""
     standard_error: dict[str, float]
-    probes: int
+    probes: dict[str, int]
 
 
 def logits(outputs: object) -> Tensor:
@@ -53,37 +53,46 @@ def hessian_traces(
     names: Sequence[str],
     batches: Iterable[Tensor],
     *,
-    probes: int = 100,
-    tolerance: float = 0.05,
+    probes: int = 50,
+    tolerance: float = 0.1,
     seed: int = 0,
 ) -> Traces:
     """Hutchinson's estimate of the trace of each layer's block of the Hessian, as HAWQ-V2 (arXiv:1911.03852) takes it.
 
-    A probe v of random signs is drawn for all layers at once; the part of v * (H v) that belongs to a layer sums to its
-    trace in the mean, because what the other layers add to it has the mean 0.
+    The mean of v'Hv over probes v of random signs. Each layer has its own: a probe of all layers at once costs less,
+    but what other layers add to v'Hv can be many times the trace of a layer that matters little.
 
     Args:
         network: in evaluation mode; not changed.
         names: its layers.
         batches: images; walked several times.
-        probes: at most.
-        tolerance: enough when the standard error of every trace is no more than this part of it.
+        probes: of each layer, at most.
+        tolerance: a layer has had enough when the standard error of its trace is no more than this part of it.
         seed: of the probes.
     """
+    samples: dict[str, Tensor] = {name: torch.empty(0, dtype=torch.float64) for name in names}
     with _differentiable(network, names) as (twin, weights):
         generator = torch.Generator().manual_seed(seed)
-        samples = torch.empty(0, len(names), dtype=torch.float64)
-        while len(samples) < probes:
-            block = [
-                [_signs(weight, generator) for weight in weights] for _ in range(min(_BLOCK, probes - len(samples)))
-            ]
-            samples = torch.cat([samples, _forms(twin, weights, batches, block)])
-            mean, error = samples.mean(0), samples.std(0) / len(samples) ** 0.5
-            if bool((error <= tolerance * mean.abs()).all()):
+        unsure = dict(zip(names, weights, strict=True))
+        for done in range(0, probes, _BLOCK):
+            count = min(_BLOCK, probes - done)
+            block = {name: [_signs(weight, generator) for _ in range(count)] for name, weight in unsure.items()}
+            for name, forms in _forms(twin, unsure, batches, block).items():
+                samples[name] = torch.cat([samples[name], forms])
+                if _error(samples[name]) <= tolerance * float(samples[name].mean()):
+                    del unsure[name]
+            if not unsure:
                 break
     return Traces(
-        dict(zip(names, mean.tolist(), strict=True)), dict(zip(names, error.tolist(), strict=True)), len(samples)
+        {name: float(forms.mean()) for name, forms in samples.items()},
+        {name: _error(forms) for name, forms in samples.items()},
+        {name: len(forms) for name, forms in samples.items()},
     )
+
+
+def _error(samples: Tensor) -> float:
+    """The standard error of their mean."""
+    return float(samples.std()) / len(samples) ** 0.5
 
 
 def fisher_diagonals(
@@ -128,19 +137,24 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1).to(like)
 
 
-def _forms(network: nn.Module, weights: list[Tensor], batches: Iterable[Tensor], probes: list[list[Tensor]]) -> Tensor:
-    """(probes, layers): the part of v'Hv that belongs to each layer."""
-    sums = torch.zeros(len(probes), len(weights), dtype=torch.float64)
+def _forms(
+    network: nn.Module, weights: dict[str, Tensor], batches: Iterable[Tensor], probes: dict[str, list[Tensor]]
+) -> dict[str, Tensor]:
+    """(probes,) of each layer: v'Hv."""
+    sums = {name: torch.zeros(len(own), dtype=torch.float64) for name, own in probes.items()}
     images = 0
     for batch in batches:
         outputs = network(batch)
-        slopes = _gradients(divergence(outputs, logits(outputs).detach()) * len(batch), weights, again=True)
-        for number, probe in enumerate(probes):
-            along = torch.stack([(s * v).sum() for s, v in zip(slopes, probe, strict=True)]).sum()
-            products = torch.autograd.grad(along, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
-            sums[number] += torch.stack([(v * p).sum() for v, p in zip(probe, products, strict=True)]).double().cpu()
+        loss = divergence(outputs, logits(outputs).detach()) * len(batch)
+        slopes = _gradients(loss, list(weights.values()), again=True)
+        for (name, weight), slope in zip(weights.items(), slopes, strict=True):
+            for number, probe in enumerate(probes[name]):
+                (product,) = torch.autograd.grad(
+                    slope, weight, probe, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                sums[name][number] += float((probe * product).sum())
         images += len(batch)
-    return sums / images
+    return {name: total / images for name, total in sums.items()}
 
 
 def _gradients(value: Tensor, weights: list[Tensor], *, again: bool = False) -> tuple[Tensor, ...]:

@@ -90,8 +90,8 @@ def rounded(
 def sensitivity(network: nn.Module, weights: Weights, data: Data, measure: AnyMeasure, images: int) -> Sensitivity:
     """Measure every layer at every bit width.
 
-    `kl` and `loss` cost a forward pass of all images for each layer and width, `sqnr` one in all, `hawq` up to a
-    hundred Hessian-vector products, each about four passes, `fisher` one forward and backward pass.
+    `kl` and `loss` cost a forward pass of all images for each layer and width, `sqnr` one in all, `hawq` 10 to 50
+    Hessian-vector products for each layer, `fisher` one forward and backward pass.
 
     Args:
         network: float, in evaluation mode.

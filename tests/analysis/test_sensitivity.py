@@ -121,7 +121,7 @@ def test_hawq_is_mean_curvature_times_squared_error(network, weights):
     found = sensitivity(network, weights, data(), "hawq", 10)
     trace, sizes = found.notes["trace"], {"0": 72, "3": 192}
     np.testing.assert_allclose(found.values, squares(network, weights, lambda n: trace[n] / sizes[n]), rtol=1e-4)
-    assert found.notes["probes"] <= 100
+    assert set(found.notes["probes"].values()) <= {10, 20, 30, 40, 50}
     assert all(0 < found.notes["standard_error"][n] < trace[n] for n in trace)
     np.testing.assert_allclose(found.nats, found.losses / 2)
 
