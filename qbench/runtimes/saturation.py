@@ -11,24 +11,33 @@ from qbench.quant.encodings import Affine
 from qbench.quant.layers import encode
 from qbench.runtimes.base import Runtime
 
-_CHANNELS = 64
+_CHANNELS, _SIDE = 64, 4
 _LOST = 0.01  # of the sum: far more than rounding, far less than what saturation takes
 
 
 def saturates(engine: Runtime, threads: int) -> bool:
-    """Run a convolution of the largest codes, whose exact result is known.
+    """Run a convolution and a linear layer behind it with the largest codes, whose exact results are known.
+
+    Both, because a runtime may have integer kernels for one of them only.
 
     Args:
         engine: that has integer kernels.
         threads: that it may use.
 
     Raises:
-        Unsupported: the runtime runs no layer on integers.
+        Unsupported: the runtime runs neither on integers.
     """
-    layer = nn.Conv2d(_CHANNELS, _CHANNELS, 3, bias=False).eval()
-    encode(layer, Affine(torch.full(layer.weight.shape, 127), torch.full((_CHANNELS, 1), 1 / 127), -127, 127))
-    quantize_input(layer, StaticQuantizer(8, False, 1 / 255))
-    image = torch.ones(1, _CHANNELS, 8, 8)
-    (found,) = engine.compile(nn.Sequential(layer).eval(), image, threads=threads).run(image.numpy())
-    exact = _CHANNELS * layer.weight[0, 0].numel()
+    pixels = _CHANNELS * _SIDE**2
+    layers = [_largest(nn.Conv2d(_CHANNELS, _CHANNELS, 1, bias=False), 1.0), nn.Flatten()]
+    layers.append(_largest(nn.Linear(pixels, _CHANNELS, bias=False), _CHANNELS))
+    image = torch.ones(1, _CHANNELS, _SIDE, _SIDE)
+    (found,) = engine.compile(nn.Sequential(*layers).eval(), image, threads=threads).run(image.numpy())
+    exact = _CHANNELS * pixels
     return bool(np.abs(found - exact).max() > _LOST * exact)
+
+
+def _largest(layer: nn.Conv2d | nn.Linear, reach: float) -> nn.Module:
+    """All weights 1, by the code 127, and inputs up to `reach`, by the code 255."""
+    encode(layer, Affine(torch.full(layer.weight.shape, 127), torch.full((len(layer.weight), 1), 1 / 127), -127, 127))
+    quantize_input(layer, StaticQuantizer(8, False, reach / 255))
+    return layer

@@ -28,6 +28,14 @@ def test_raw_samples_of_both_networks_in_pairs(tmp_path: Path) -> None:
     assert len(values["agreement"]["noise"]) == 4
 
 
+def test_a_runtime_with_integer_kernels_for_linear_layers_alone(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    values = latency(finished(tmp_path), runtime="onnxruntime", samples=5, warmup=1)
+    assert (values["integer_layers"], values["claimed_layers"]) == (1, 2)
+    assert values["saturates"] in (True, False)
+    assert len(values["quantized"]) == 5
+
+
 def test_the_float_reference_has_no_quantized_samples(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     values = latency(finished(tmp_path, weights=False, inputs=False), samples=5, warmup=1, batch_size=3)
