@@ -59,7 +59,7 @@ class Unit:
     def __post_init__(self) -> None:
         self.layers = named_weight_layers(self.stop.layer)
         self.references = named_weight_layers(self.stop.reference_layer)
-        self.cache = Cache.gather(self.stop)
+        self.cache = Cache.gather(self.stop, floats=self.settings.keep < 1)
         biases = {inner: layer.bias for inner, layer in self.layers.items()}
         fixed = encodings(self.stop.layer)
         self.biases = {
@@ -154,7 +154,9 @@ class Unit:
 
         def loss() -> Tensor:
             chosen = next(order)
-            x = mixed(cache.inputs[chosen], cache.floats[chosen], s.keep, self.generator)
+            x = cache.inputs[chosen]
+            if cache.floats is not None:
+                x = mixed(x, cache.floats[chosen], s.keep, self.generator)
             return distance(unit(x), cache.targets[chosen])
 
         return loss

@@ -70,15 +70,20 @@ def minimise(
 
 @dataclass(frozen=True)
 class Cache:
-    """A unit's inputs in both networks, and what it answered in the float network; (n, ...) each."""
+    """A unit's inputs, and what it answered in the float network; (n, ...) each."""
 
     inputs: Tensor
-    floats: Tensor
     targets: Tensor
+    floats: Tensor | None = None
+    """Its inputs in the float network, where they are wanted."""
 
     @staticmethod
-    def gather(stop: Stop) -> Cache:
+    def gather(stop: Stop, *, floats: bool = False) -> Cache:
         """Of all images at a stop.
+
+        Args:
+            stop: at the unit.
+            floats: keep the inputs in the float network, too.
 
         Raises:
             Unsupported: the unit does not return one tensor.
@@ -88,7 +93,8 @@ class Cache:
             targets = [stop.reference_layer(x.clone()) for x in stop.reference_inputs]
             if not all(isinstance(target, Tensor) for target in targets):
                 raise Unsupported(f"{stop.name} does not return one tensor")
-            return Cache(torch.cat(list(stop.inputs)), torch.cat(list(stop.reference_inputs)), torch.cat(targets))
+            own = torch.cat(list(stop.inputs))
+            return Cache(own, torch.cat(targets), torch.cat(list(stop.reference_inputs)) if floats else None)
 
     def error(self, unit: nn.Module, batch_size: int = 32) -> float:
         """`||answer - target||^2 / ||target||^2` over all images."""
@@ -102,9 +108,7 @@ class Cache:
 
         Early in a network an image has thousands of positions for a few dozen weights: fewer images say as much there.
         """
-        here, there = (
-            x[0].numel() / (x.shape[-1] if x.dim() <= 3 else x.shape[1]) for x in (self.inputs, self.targets)
-        )
+        here, there = (x[0].numel() / _channels(x) for x in (self.inputs, self.targets))
         return max(1, min(size, round(size * _ENOUGH / max(1.0, math.sqrt(here * there)))))
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
