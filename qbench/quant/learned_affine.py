@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qbench.quant.encodings import Affine, expand_groups, from_rows, to_rows
-
-Groups = list[dict[str, Any]]
 
 
 class LearnedAffine(nn.Module):

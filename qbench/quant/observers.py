@@ -129,7 +129,7 @@ class Histogram:
     def dump(self) -> np.ndarray:
         """All that was observed as one vector, float64, for `load`."""
         low, high = self.average or (np.nan, np.nan)
-        return np.array([self.reach, self.low, self.high, low, high, *self.counts.tolist()])
+        return np.concatenate([[self.reach, self.low, self.high, low, high], self.counts.numpy()])
 
     @classmethod
     def load(cls, vector: np.ndarray) -> Histogram:

@@ -32,19 +32,16 @@ class _OpenVino:
 
     def compile(self, module: nn.Module, example: Tensor, *, threads: int) -> Compiled:
         converted, integer, floats = to_openvino(module, example)
-        network = (
-            import_openvino()
-            .Core()
-            .compile_model(
-                converted,
-                "CPU",
-                {
-                    "INFERENCE_NUM_THREADS": threads,
-                    "NUM_STREAMS": 1,
-                    "PERFORMANCE_HINT": "LATENCY",
-                    "INFERENCE_PRECISION_HINT": "f32",
-                },
-            )
+        core = import_openvino().Core()
+        network = core.compile_model(
+            converted,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": 1,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",
+            },
         )
         kernels = _kernels(network)
         verified = sum(kernel.lower().endswith("_i8") for kernel in kernels)
