@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.hooks import hooked
+
 
 def readers(model: nn.Module, names: Iterable[str], example: Tensor) -> list[list[str]]:
     """The layers among these that are called with the same tensor in a forward pass, where several are.
@@ -26,11 +28,7 @@ def readers(model: nn.Module, names: Iterable[str], example: Tensor) -> list[lis
     def see(name: str) -> Any:
         return lambda _, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(see(name), prepend=True) for name in names]
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    handles = (model.get_submodule(name).register_forward_pre_hook(see(name), prepend=True) for name in names)
+    with hooked(handles), torch.no_grad():
+        model(example)
     return [called for _, called in seen.values() if len(called) > 1]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qbench.quant.folding import NORMS
+from qbench.quant.hooks import hooked
 from qbench.quant.layers import named_weight_layers
 
 # What a layer may do with its weight: multiply by it. One that computes it (weight standardisation) cannot be scaled.
@@ -75,18 +75,16 @@ class _Watch(TorchDispatchMode):
         self._calls: set[str] = set()
         self._inside: list[str] = []
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Follow the calls of layers and norms."""
-        handles = []
-        for name, module in (self.layers | self.norms).items():
-            handles.append(module.register_forward_pre_hook(self._entering(name)))
-            handles.append(module.register_forward_hook(self._leaving(name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked(
+            handle
+            for name, module in (self.layers | self.norms).items()
+            for handle in (
+                module.register_forward_pre_hook(self._entering(name)),
+                module.register_forward_hook(self._leaving(name)),
+            )
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

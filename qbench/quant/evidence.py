@@ -79,12 +79,9 @@ def gather(model: nn.Module, name: str, batches: Iterable[Tensor], combinations:
         return outputs[-1].clone()
 
     handle = model.get_submodule(name).register_forward_hook(see, with_kwargs=True)
-    try:
-        with _constant_parameters(model), torch.enable_grad():
-            for images, combination in zip(batches, combinations, strict=True):
-                gradients += torch.autograd.grad(model(images), outputs[-1], combination)
-    finally:
-        handle.remove()
+    with handle, _constant_parameters(model), torch.enable_grad():
+        for images, combination in zip(batches, combinations, strict=True):
+            gradients += torch.autograd.grad(model(images), outputs[-1], combination)
     joined = tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
     return Evidence(joined, torch.cat(outputs).detach(), torch.cat(gradients).square())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qbench.quant.adjacency import memory_of
 from qbench.quant.channel_axes import CLIP, LEAKY, RELU, axis_after, channel_axis
 from qbench.quant.channel_clip import ChannelClip
+from qbench.quant.hooks import hooked
 from qbench.quant.layers import named_weight_layers
 from qbench.quant.norm_statistics import Normal, affine, recall
 
@@ -71,19 +72,13 @@ class _Watch(TorchDispatchMode):
         self.found: dict[str, Tensor | None] = {}
         self._flows = WeakTensorKeyDictionary()
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Follow the calls of layers."""
-        handles = []
+        handles = [clip.register_forward_hook(self._clipped) for clip in self.clips]
         for name, layer in self.layers.items():
             handles.append(layer.register_forward_pre_hook(self._entering(name)))
             handles.append(layer.register_forward_hook(self._left))
-        handles += [clip.register_forward_hook(self._clipped) for clip in self.clips]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked(handles)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from qbench.quant.activations import StaticQuantizer, input_quantizers, quantize_input
 from qbench.quant.encodings import Affine, Encoding, to_rows
+from qbench.quant.hooks import hooked
 from qbench.quant.layers import encode, named_weight_layers
 
 Granularity = Literal["tensor", "channel"]
@@ -147,16 +148,12 @@ def weight_quantizer(layer: nn.Module) -> nn.Module | None:
 def reached(model: nn.Module, x: Tensor) -> set[str]:
     """The layers that are called on the way of x; a model may use the weight of others without calling them."""
     seen: set[str] = set()
-    hooks = [
+    handles = (
         layer.register_forward_pre_hook(lambda _layer, _inputs, name=name: seen.add(name))
         for name, layer in named_weight_layers(model).items()
-    ]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with hooked(handles), torch.no_grad():
+        model(x)
     return seen
 
 

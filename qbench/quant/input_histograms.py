@@ -14,6 +14,7 @@ from torch import nn
 from qbench.data import Batches, Data
 from qbench.quant.activations import input_quantizer, quantize_input
 from qbench.quant.calls import Args, first_of
+from qbench.quant.hooks import hooked
 from qbench.quant.observers import Histogram
 
 
@@ -50,17 +51,18 @@ def observed(layers: dict[str, nn.Module], histograms: dict[str, Histogram]) -> 
     def see(histogram: Histogram, _layer: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
         histogram.observe(first_of(args, kwargs))
 
-    hooks = []
     quantizers = {name: input_quantizer(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         if quantizers[name] is not None:
             quantize_input(layer, nn.Identity())
-        hooks.append(layer.register_forward_pre_hook(partial(see, histograms[name]), with_kwargs=True))
+    handles = (
+        layer.register_forward_pre_hook(partial(see, histograms[name]), with_kwargs=True)
+        for name, layer in layers.items()
+    )
     try:
-        yield
+        with hooked(handles):
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for name, quantizer in quantizers.items():
             if quantizer is not None:
                 quantize_input(layers[name], quantizer)

@@ -6,8 +6,8 @@ views. A clipping (ReLU6) is noted, for whoever can scale its limit too. All is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qbench.quant.adjacency import PRODUCTS, ambiguous, memory_of
 from qbench.quant.channel_axes import CLIP, LEAKY, PAD, POOLS, axis_after, channel_axis
+from qbench.quant.hooks import hooked
 from qbench.quant.layers import named_weight_layers
 
 
@@ -112,18 +113,16 @@ class _Watch(TorchDispatchMode):
         self.calls: dict[str, int] = {}
         self._inside: list[str] = []
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Follow the calls of all modules."""
-        handles = []
-        for name, module in self.modules.items():
-            handles.append(module.register_forward_pre_hook(self._entering(name)))
-            handles.append(module.register_forward_hook(self._leaving(name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked(
+            handle
+            for name, module in self.modules.items()
+            for handle in (
+                module.register_forward_pre_hook(self._entering(name)),
+                module.register_forward_hook(self._leaving(name)),
+            )
+        )
 
     def links(self, kept: set[str]) -> list[Link]:
         found = []

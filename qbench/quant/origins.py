@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbench.quant.adjacency import memory_of
 from qbench.quant.calls import Args, first_of
+from qbench.quant.hooks import hooked
 
 
 def origins(model: nn.Module, example: Tensor, operations: Iterable[str], readers: Iterable[str]) -> dict[str, str]:
@@ -26,15 +27,11 @@ def origins(model: nn.Module, example: Tensor, operations: Iterable[str], reader
         readers: names of the modules to look at.
     """
     watch = _Watch(set(operations))
-    handles = [
+    handles = (
         model.get_submodule(name).register_forward_pre_hook(watch.reading(name), with_kwargs=True) for name in readers
-    ]
-    try:
-        with torch.no_grad(), watch:
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), torch.no_grad(), watch:
+        model(example)
     return watch.found
 
 
