@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from qbench.quant.calls import Args, with_first
 from qbench.quant.log_quantizer import LogQuantizer
+from qbench.quant.quantizer import Quantizer
 from qbench.quant.twin_quantizers import TwinGelu, TwinSoftmax
 
 _NAME = "input_quantizer"
 
 
-class StaticQuantizer(nn.Module):
+class StaticQuantizer(Quantizer):
     """Affine quantizer per tensor with a fixed scale and zero point."""
 
     kind: ClassVar[str] = "static"
@@ -34,20 +35,15 @@ class StaticQuantizer(nn.Module):
             scale: step, in units of the activation.
             zero_point: code of 0.
         """
-        super().__init__()
-        self.bits, self.symmetric = bits, symmetric
+        super().__init__(bits)
+        self.symmetric = symmetric
         self.low: int = -(2 ** (bits - 1)) if symmetric else 0
         self.high: int = self.low + 2**bits - 1
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("zero_point", torch.tensor(int(zero_point), dtype=torch.int32))
 
-    @property
-    def levels(self) -> int:
-        """Distinct values."""
-        return int(2**self.bits)
-
     def config(self) -> dict[str, Any]:
-        return {"bits": self.bits, "symmetric": self.symmetric}
+        return {**super().config(), "symmetric": self.symmetric}
 
     def forward(self, x: Tensor) -> Tensor:
         # Many times faster on a CPU than torch's own operator, which takes one number at a time.
@@ -55,22 +51,17 @@ class StaticQuantizer(nn.Module):
         return codes.clamp_(self.low - self.zero_point, self.high - self.zero_point).mul_(self.scale)
 
 
-class DynamicQuantizer(nn.Module):
+class DynamicQuantizer(Quantizer):
     """Quantizer whose scale is computed at run time from the range, per image or per token (last axis)."""
 
     kind: ClassVar[str] = "dynamic"
 
     def __init__(self, bits: int = 8, symmetric: bool = False, granularity: str = "tensor") -> None:
-        super().__init__()
-        self.bits, self.symmetric, self.granularity = bits, symmetric, granularity
-
-    @property
-    def levels(self) -> int:
-        """Distinct values that share a scale."""
-        return int(2**self.bits)
+        super().__init__(bits)
+        self.symmetric, self.granularity = symmetric, granularity
 
     def config(self) -> dict[str, Any]:
-        return {"bits": self.bits, "symmetric": self.symmetric, "granularity": self.granularity}
+        return {**super().config(), "symmetric": self.symmetric, "granularity": self.granularity}
 
     def forward(self, x: Tensor) -> Tensor:
         # Per image, never per batch: an image's answer must not depend on its neighbours in the batch.
@@ -86,8 +77,8 @@ class DynamicQuantizer(nn.Module):
         return ((x / scale).round() + zero).clamp(0, top).sub(zero) * scale
 
 
-_CLASSES: tuple[type[Any], ...] = (StaticQuantizer, DynamicQuantizer, LogQuantizer, TwinSoftmax, TwinGelu)
-_KINDS: dict[str, type[nn.Module]] = {cls.kind: cls for cls in _CLASSES}
+_CLASSES: tuple[type[Quantizer], ...] = (StaticQuantizer, DynamicQuantizer, LogQuantizer, TwinSoftmax, TwinGelu)
+_KINDS = {cls.kind: cls for cls in _CLASSES}
 
 
 def _quantize(layer: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:

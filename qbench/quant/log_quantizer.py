@@ -6,10 +6,12 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from qbench.quant.quantizer import Quantizer
 
 
-class LogQuantizer(nn.Module):
+class LogQuantizer(Quantizer):
     """Powers of two, or of the square root of two, times a scale; what is smaller than all of them becomes 0.
 
     Code q stands for `scale * 2**(-q / per_octave)`. With one code an octave it is log2 (FQ-ViT, arXiv:2111.13824),
@@ -26,17 +28,17 @@ class LogQuantizer(nn.Module):
             per_octave: codes from one power of two to the next: 1 or 2.
             scale: the largest value, in units of the activation.
         """
-        super().__init__()
-        self.bits, self.per_octave = bits, per_octave
+        super().__init__(bits)
+        self.per_octave = per_octave
         self.register_buffer("scale", torch.tensor(float(scale)))
 
     @property
     def levels(self) -> int:
-        """Distinct values."""
-        return int(2**self.bits + 1)
+        """All codes, and 0."""
+        return super().levels + 1
 
     def config(self) -> dict[str, Any]:
-        return {"bits": self.bits, "per_octave": self.per_octave}
+        return {**super().config(), "per_octave": self.per_octave}
 
     def forward(self, x: Tensor) -> Tensor:
         codes = (-(x / self.scale).log2() * self.per_octave).round()

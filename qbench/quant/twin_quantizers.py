@@ -5,16 +5,18 @@ One bit of a code says which part it is in; the others count steps.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from qbench.quant.quantizer import Quantizer
 
 GELU_LEAST = 0.16997124254703522
 """How far GELU goes below 0."""
 
 
-class TwinSoftmax(nn.Module):
+class TwinSoftmax(Quantizer):
     """For numbers in [0, 1]: fine steps up to `split`, coarse ones above.
 
     As the authors' code has it, a number is the sum of its part up to the split and of that above, each rounded with
@@ -30,17 +32,8 @@ class TwinSoftmax(nn.Module):
             bits: width of the codes, at least 2.
             split: where the steps change.
         """
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits)
         self.register_buffer("split", torch.tensor(float(split)))
-
-    @property
-    def levels(self) -> int:
-        """The most distinct values there can be."""
-        return int(2**self.bits)
-
-    def config(self) -> dict[str, Any]:
-        return {"bits": self.bits}
 
     def forward(self, x: Tensor) -> Tensor:
         top = 2 ** (self.bits - 1) - 1
@@ -50,8 +43,11 @@ class TwinSoftmax(nn.Module):
         return high + low
 
 
-class TwinGelu(nn.Module):
-    """For numbers behind GELU: a step of their own for those below 0, such that the codes reach the least of them."""
+class TwinGelu(Quantizer):
+    """For numbers behind GELU: a step of their own for those below 0, such that the codes reach the least of them.
+
+    Half of the codes are 0 to 2**(bits-1) - 1, half count steps below 0.
+    """
 
     kind: ClassVar[str] = "twin_gelu"
     scale: Tensor
@@ -62,17 +58,8 @@ class TwinGelu(nn.Module):
             bits: width of the codes.
             scale: step of the positive numbers.
         """
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits)
         self.register_buffer("scale", torch.tensor(float(scale)))
-
-    @property
-    def levels(self) -> int:
-        """Distinct values: half of the codes are 0 to 2**(bits-1) - 1, half count steps below 0."""
-        return int(2**self.bits)
-
-    def config(self) -> dict[str, Any]:
-        return {"bits": self.bits}
 
     def forward(self, x: Tensor) -> Tensor:
         half = 2 ** (self.bits - 1)
