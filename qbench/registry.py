@@ -46,6 +46,10 @@ _METHOD = AfterValidator(lambda text: str(resolve("method", *parse(text))))
 MethodReference = Annotated[str, _METHOD]
 """Option type: another method, as `name[option=value]`, whose source then counts as the plugin's own."""
 
+_FILE = object()
+DataFile = Annotated[str | None, _FILE]
+"""Option type: the path of a file, whose content then counts as part of the option; None means none."""
+
 _PACKAGE = Path(__file__).parent
 _FOLDERS: dict[Kind, str] = {kind: f"{kind}s" for kind in KINDS}
 
@@ -111,6 +115,13 @@ class Reference:
         fields = self.plugin.schema.model_fields
         named = [parse(value)[0] for key, value in self.options.items() if _METHOD in fields[key].metadata]
         return [self.plugin, *(get("method", name) for name in named)]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Hashes of the files that its options name, where these exist."""
+        fields = self.plugin.schema.model_fields
+        named = [Path(value) for key, value in self.options.items() if value and _FILE in fields[key].metadata]
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in named if path.is_file()}
 
     def with_options(self, **options: Any) -> Reference:
         """The same with these options.

@@ -47,6 +47,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Everything that the result depends on."""
         references = (self.dataset, self.model, *self.recipe)
+        plugins = {f"{p.kind} {p.name}": p.fingerprint for r in references for p in r.plugins}
         return {
             "schema": SCHEMA,
             "dataset": [self.dataset.name, dict(self.dataset.options), self.dataset_fingerprint],
@@ -54,7 +55,7 @@ class Run:
             "recipe": [[step.name, dict(step.options)] for step in self.recipe],
             "seed": self.seed,
             "calibration": [*self.calibration, self.manifest],
-            "sources": {f"{p.kind} {p.name}": p.fingerprint for r in references for p in r.plugins},
+            "sources": plugins | {f"file {path}": hash for step in self.recipe for path, hash in step.files.items()},
         }
 
     @functools.cached_property
@@ -97,6 +98,7 @@ _ENGINE = (
     "score.py",
     "worker.py",
     "quant/*.py",
+    "analysis/*.py",
     "datasets/*.py",
     "models/base.py",
     "metrics/*.py",

@@ -211,3 +211,15 @@ def test_a_plugin_is_its_source(example):
     before = registry.get("method", "registry_example").fingerprint
     assert len(before) == 16
     assert before != registry.get("method", "rtn").fingerprint
+
+
+def test_the_content_of_files_that_options_name_counts(tmp_path):
+    table = tmp_path / "table.csv"
+    step = registry.resolve("method", "mixed", {"latency_table": str(table)})
+    assert step.files == {}
+    table.write_text("a")
+    before = step.files
+    table.write_text("b")
+    assert before.keys() == step.files.keys() == {str(table)}
+    assert before != step.files
+    assert registry.resolve("method", "mixed").files == {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.calls import Args, first_of
 from qbench.quant.hooks import hooked
 
 
@@ -26,9 +27,15 @@ def readers(model: nn.Module, names: Iterable[str], example: Tensor) -> list[lis
     seen: dict[int, tuple[Tensor, list[str]]] = {}
 
     def see(name: str) -> Any:
-        return lambda _, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+        def hook(_: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
+            x = first_of(args, kwargs)
+            seen.setdefault(id(x), (x, []))[1].append(name)
 
-    handles = (model.get_submodule(name).register_forward_pre_hook(see(name), prepend=True) for name in names)
+        return hook
+
+    handles = (
+        model.get_submodule(name).register_forward_pre_hook(see(name), prepend=True, with_kwargs=True) for name in names
+    )
     with hooked(handles), torch.no_grad():
         model(example)
     return [called for _, called in seen.values() if len(called) > 1]

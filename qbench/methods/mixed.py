@@ -21,7 +21,7 @@ from qbench.errors import Unsupported, UserError
 from qbench.metrics.coverage import macs
 from qbench.quant.activations import input_quantizer
 from qbench.quant.layers import select_layers, weight_of, within
-from qbench.registry import Bits, MethodReference, method
+from qbench.registry import Bits, DataFile, MethodReference, method
 
 _OWN = ("bits", "layer_bits", "edge_bits", "skip")
 
@@ -56,7 +56,7 @@ def mixed(
     bits: Average | None = 4.0,
     bops: Average | None = None,
     latency: Annotated[float, Field(gt=0)] | None = None,
-    latency_table: str | None = None,
+    latency_table: DataFile = None,
     measure: Measure = "kl",
     solver: Solver = "milp",
     images: Annotated[int, Field(ge=1)] = 64,

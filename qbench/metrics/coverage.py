@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qbench.metrics.base import Finished
 from qbench.quant.activations import input_quantizers
 from qbench.quant.audit import audit
-from qbench.quant.layers import WEIGHT_LAYERS, encodings
+from qbench.quant.layers import WEIGHT_LAYERS, encodings, full_name
 from qbench.quant.matmuls import MatMul, products
 from qbench.registry import metric
 
@@ -33,7 +34,7 @@ def coverage(finished: Finished) -> dict[str, Any]:
     quantized = {id(p): p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name in encoded}
     total, by_layer = macs(model, finished.data.example)
     inputs = input_quantizers(model).keys()
-    with_weights = {name: count for name, count in by_layer.items() if _weight(name) in encoded}
+    with_weights = {name: count for name, count in by_layer.items() if full_name(name, "weight") in encoded}
     both = {name for name in with_weights if name in inputs}
     both |= {name for name in products(model) if {f"{name}.left", f"{name}.right"} <= inputs}
     return {
@@ -47,15 +48,12 @@ def coverage(finished: Finished) -> dict[str, Any]:
     }
 
 
-def _weight(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
-
-
 def macs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]:
     """Multiply-accumulates of one forward pass: all of them, and those of each layer and exposed product by name."""
     counter = FlopCounterMode(display=False)
     by_layer: dict[str, int] = {}
-    with torch.no_grad(), _counted(model, counter, by_layer), counter:
+    # Attention that stays fused is counted only where it is made of single products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counted(model, counter, by_layer), counter:
         model(example)
     return counter.get_total_flops() // 2, by_layer
 

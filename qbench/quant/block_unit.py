@@ -14,7 +14,7 @@ from qbench.quant.dropped_input import DroppedInput, StraightThrough, mixed
 from qbench.quant.encodings import Affine
 from qbench.quant.fakequant import LearnedInput, keep_positive, quantize_weight
 from qbench.quant.input_histograms import observed
-from qbench.quant.layers import encode, encodings, named_weight_layers, output_axis
+from qbench.quant.layers import encode, encodings, full_name, named_weight_layers, output_axis
 from qbench.quant.learned_affine import LearnedAffine
 from qbench.quant.observers import Histogram
 from qbench.quant.reconstruction import Cache, Groups, distance, float_weight, minimise
@@ -65,11 +65,11 @@ class Unit:
         self.biases = {
             inner: bias.detach().clone()
             for inner, bias in biases.items()
-            if isinstance(bias, Tensor) and (f"{inner}.bias" if inner else "bias") not in fixed
+            if isinstance(bias, Tensor) and full_name(inner, "bias") not in fixed
         }
 
     def _full(self, inner: str) -> str:
-        return f"{self.stop.name}.{inner}" if inner else self.stop.name
+        return full_name(self.stop.name, inner)
 
     def prepare(
         self,

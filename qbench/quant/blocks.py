@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qbench.quant.layers import named_weight_layers
+from qbench.quant.layers import full_name, named_weight_layers, within
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 _SUMS = {"add", "add_"}
@@ -42,7 +42,7 @@ def blocks(model: nn.Module, example: Tensor) -> list[str]:
 def _members(model: nn.Module) -> list[str]:
     """Modules in sequences with two weight layers or more, which are no sequences themselves."""
     return [
-        f"{name}.{child}" if name else child
+        full_name(name, child)
         for name, module in model.named_modules()
         if isinstance(module, _CONTAINERS)
         for child, member in module.named_children()
@@ -55,7 +55,7 @@ def _innermost(names: set[str]) -> set[str]:
 
 
 def _related(name: str, others: set[str]) -> bool:
-    return any(name == o or name.startswith(o + ".") or o.startswith(name + ".") for o in others)
+    return any(within(name, other) or within(other, name) for other in others)
 
 
 class _Watch(TorchDispatchMode):

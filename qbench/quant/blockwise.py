@@ -13,7 +13,7 @@ from qbench.quant.activations import input_quantizer, input_quantizers, quantize
 from qbench.quant.block_unit import Settings, Unit
 from qbench.quant.blocks import blocks
 from qbench.quant.encodings import Affine
-from qbench.quant.layers import encodings, select_layers
+from qbench.quant.layers import encodings, full_name, select_layers
 from qbench.quant.learned_affine import LearnedAffine
 from qbench.quant.reconstruction import reconstruct
 from qbench.quant.sweep import sweep
@@ -76,7 +76,7 @@ def _given(model: nn.Module, chosen: Iterable[str]) -> dict[str, Affine]:
     attached = encodings(model)
     found: dict[str, Affine] = {}
     for name in chosen:
-        encoding = attached.get(f"{name}.weight" if name else "weight")
+        encoding = attached.get(full_name(name, "weight"))
         if not isinstance(encoding, Affine) or not LearnedAffine.accepts(encoding):
             kind = "no codes" if encoding is None else "other codes than uniform ones with whole zero points"
             raise Unsupported(f"start=given needs quantized layers, but {name} has {kind}; put gptq or rtn in front")

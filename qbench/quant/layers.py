@@ -81,6 +81,11 @@ def select_layers(
             yield name, layer, chosen
 
 
+def full_name(*parts: str) -> str:
+    """The name of something inside of a module: parts, of which the first is empty for the model itself, and dots."""
+    return ".".join(part for part in parts if part)
+
+
 def within(name: str, prefix: str) -> bool:
     """Whether the name equals the prefix, or is that of something inside of it."""
     return name == prefix or name.startswith(prefix + ".")
@@ -118,7 +123,7 @@ def encode(layer: nn.Module, encoding: Encoding, parameter: str = "weight") -> N
 def encodings(model: nn.Module) -> dict[str, Encoding]:
     """Every attached encoding by the full name of its parameter."""
     return {
-        f"{name}.{parameter}" if name else parameter: encoding
+        full_name(name, parameter): encoding
         for name, module in model.named_modules()
         for parameter, encoding in module.__dict__.get(_ATTRIBUTE, {}).items()
     }

@@ -18,7 +18,7 @@ from qbench.errors import UserError
 from qbench.quant import activations, structure
 from qbench.quant.coding import DamagedError
 from qbench.quant.encodings import Codebook, Encoding, restore, to_rows
-from qbench.quant.layers import encode, encodings, named_weight_layers, output_axis
+from qbench.quant.layers import encode, encodings, full_name, named_weight_layers, output_axis
 
 SCHEMA = 1
 
@@ -110,7 +110,7 @@ def infer(model: nn.Module, reference: Mapping[str, Tensor]) -> dict[str, Encodi
     attached = encodings(model)
     found: dict[str, Encoding] = {}
     for name, layer in named_weight_layers(model).items():
-        key = f"{name}.weight" if name else "weight"
+        key = full_name(name, "weight")
         weight = layer.weight
         assert isinstance(weight, Tensor)
         changed = key not in reference or not torch.equal(reference[key].to(weight), weight)

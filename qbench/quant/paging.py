@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import tempfile
 import weakref
 from collections.abc import Hashable, Iterator
@@ -41,12 +42,13 @@ class _Page:
         return self.offset is None and not self.shared and not self.lent
 
 
-_limits: list[int] = []
+_limit = math.inf
 
 
-def limit_memory(limit: int) -> None:
+def limit_memory(limit: float) -> None:
     """Tell that this process is killed when it holds more bytes than that."""
-    _limits[:] = [limit]
+    global _limit
+    _limit = limit
 
 
 def available(device: torch.device) -> int:
@@ -54,7 +56,7 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     held = psutil.Process().memory_info().rss
-    return max(0, min([psutil.virtual_memory().available, *(limit - held for limit in _limits)]))
+    return max(0, int(min(psutil.virtual_memory().available, _limit - held)))
 
 
 class Pager(TorchDispatchMode):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from qbench.errors import Unsupported
 from qbench.quant.activations import StaticQuantizer, input_quantizer, input_quantizers, quantize_input
 from qbench.quant.encodings import Affine, Encoding
-from qbench.quant.layers import encodings, named_weight_layers, output_axis
+from qbench.quant.layers import encodings, full_name, named_weight_layers, output_axis
 from qbench.quant.matmuls import MatMul, operands, products
 
 NOT = "not deployable as integers: "
@@ -40,9 +40,7 @@ def judge(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     """
     attached = encodings(model)
     layers = named_weight_layers(model)
-    reasons = {
-        name: why_float(layer, attached.get(f"{name}.weight" if name else "weight")) for name, layer in layers.items()
-    }
+    reasons = {name: why_float(layer, attached.get(full_name(name, "weight"))) for name, layer in layers.items()}
     floats = {name: reason for name, reason in reasons.items() if reason is not None}
     factors = operands(model)
     for name in input_quantizers(model):
@@ -162,7 +160,7 @@ def with_integers(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
             for operand in layer.children():
                 _quantize_as_integers(operand)
             continue
-        encoding = attached[f"{name}.weight" if name else "weight"]
+        encoding = attached[full_name(name, "weight")]
         assert isinstance(encoding, Affine)
         parametrize.register_parametrization(layer, "weight", _IntegerWeight(encoding), unsafe=True)
         _quantize_as_integers(layer)

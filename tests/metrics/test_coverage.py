@@ -148,3 +148,12 @@ def test_coverage_of_products_of_activations(net):
     quantize_input(net.matmul0.right, StaticQuantizer(8, True, 0.1))
     counted = coverage(finished(net))
     assert (counted["macs_both"], counted["macs_weights"], counted["macs_total"]) == (8 * 8 * 4, 0, total)
+
+
+def test_fused_attention_is_counted():
+    class Fused(nn.Module):
+        def forward(self, x):  # (B, heads, tokens, channels)
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    total, _ = macs(Fused(), torch.randn(2, 3, 8, 4))
+    assert total == 2 * (2 * 3 * 8 * 8 * 4)
