@@ -92,8 +92,13 @@ def _kernels(network: Any) -> list[str]:
     found = []
     for operation in network.get_runtime_model().get_ordered_ops():
         info = operation.get_rt_info()
-        if info["layerType"].astype(str) in _COMPUTE:
-            found.append(info["primitiveType"].astype(str))
+        kind, primitive = info["layerType"].astype(str), info["primitiveType"].astype(str)
+        if kind in _COMPUTE:
+            found.append(primitive)
+        elif kind == "Subgraph":
+            # Attention compiled to one kernel, which holds the products around the softmax.
+            names = info["originalLayersNames"].astype(str).split(",")
+            found += [primitive] * sum(name.endswith("/MatMul") for name in names)
     return found
 
 
