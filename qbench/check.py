@@ -37,36 +37,37 @@ class Check:
     detail: str = ""
 
 
-def check_method(reference: Reference, models: tuple[str, ...] = MODELS) -> Iterator[Check]:
+def check_method(reference: Reference, models: tuple[str, ...] = MODELS, device: str = "cpu") -> Iterator[Check]:
     """Run a method on toy models, and check what it returns.
 
     Args:
         reference: the method with its options.
         models: model plugins for the `digits` dataset.
+        device: where the method runs, as torch names it.
 
     Yields:
         one `Check` for each promise and model; a model that the method does not support passes, and says so.
     """
     for name in models:
         with tempfile.TemporaryDirectory() as folder:
-            for found in _Toy(reference, name, Path(folder)).checks():
+            for found in _Toy(reference, name, Path(folder), torch.device(device)).checks():
                 yield dataclasses.replace(found, name=f"{name}: {found.name}")
 
 
 class _Toy:
     """One method on one toy model."""
 
-    def __init__(self, reference: Reference, model: str, folder: Path) -> None:
-        self.reference, self.folder = reference, folder
+    def __init__(self, reference: Reference, model: str, folder: Path, device: torch.device) -> None:
+        self.reference, self.folder, self.device = reference, folder, device
         self.track = reference.plugin.attributes["track"]
         self.model = registry.resolve("model", model)
         self.looked_at: list[str] = []
         digits = registry.resolve("dataset", "digits")
-        self.space = Workspace(digits, self.model, (_IMAGES, 0), folder / "cache", torch.device("cpu"))
+        self.space = Workspace(digits, self.model, (_IMAGES, 0), folder / "cache", device)
         watched = dataclasses.replace(self.space.dataset, evaluation=self._watched(self.space.dataset.evaluation))
         self.space.__dict__["dataset"] = watched
-        self.float = _frozen(self.space.model.load())
-        self.images = self.space.data(seed=0, trains=False).calibration.first(8).source.batch(range(8))
+        self.float = _frozen(self.space.model.load().to(device))
+        self.images = self.space.data(seed=0, trains=False).calibration.first(8).source.batch(range(8)).to(device)
         self.answers = _answers(self.float, self.images)
 
     def _watched(self, split: Split) -> Split:
@@ -98,10 +99,10 @@ class _Toy:
 
     def _quantize(self) -> tuple[nn.Module, nn.Module]:
         """What the method returns, and the float network that it was shown."""
-        seen = _frozen(self.space.model.load())
+        seen = _frozen(self.space.model.load().to(self.device))
         data = self.space.data(seed=0, trains=self.track == "qat", reference=seen)
         torch.manual_seed(0)
-        return self.reference(self.space.model.load(), data), seen
+        return self.reference(self.space.model.load().to(self.device), data), seen
 
     def _returned(self, model: object) -> Check:
         kind = type(model).__name__
@@ -160,7 +161,7 @@ class _Toy:
         origin = packing.Origin(self.model.name, dict(self.model.options))
         try:
             packing.pack(model, path, origin, self.float.state_dict())
-            loaded = packing.load(path)
+            loaded = packing.load(path).to(self.device)
         except Exception as error:
             yield Check("packs and loads back", False, _place(error))
             return
