@@ -81,12 +81,13 @@ def activations(
     probabilities = origins(model, data.example, ["_softmax"], operands(model)) if softmax != "uniform" else {}
     for name, histogram in reached.items():
         layer, width = layers[name], widths.get(name, bits)
+        quantizer: nn.Module
         if mode == "dynamic":
             tokens = granularity == "token" and isinstance(layer, nn.Linear)
-            quantize_input(layer, DynamicQuantizer(width, symmetric, "token" if tokens else "tensor"))
+            quantizer = DynamicQuantizer(width, symmetric, "token" if tokens else "tensor")
         elif name in probabilities:
             top = histogram.range(calibration, percentile, bits=width)[1]
-            quantize_input(layer, LogQuantizer(width, 1 if softmax == "log2" else 2, top))
+            quantizer = LogQuantizer(width, 1 if softmax == "log2" else 2, top)
         else:
             signed = symmetric and histogram.low < 0
             scale, zero = histogram.grid(
@@ -96,6 +97,7 @@ def activations(
                 percentile=percentile,
                 power_of_two=power_of_two,
             )
-            quantize_input(layer, StaticQuantizer(width, signed, scale, zero))
+            quantizer = StaticQuantizer(width, signed, scale, zero)
+        quantize_input(layer, quantizer.to(data.device))
     data.record("activations", {"quantized": len(reached), "unreached": sorted(layers.keys() - reached)})
     return model

@@ -160,7 +160,8 @@ class Pager(TorchDispatchMode):
         page.offset = holes.pop() if holes else self._end
         self._end = max(self._end, page.offset + page.size)
         self._file.seek(page.offset)
-        self._file.write(_raw(storage.cpu()))
+        host = storage.cpu()  # kept while its memory is read
+        self._file.write(_raw(host))
         storage.resize_(0)
         self._resident -= page.size
         self.spilled += page.size

@@ -114,7 +114,7 @@ class Cache:
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Indices of random minibatches, for ever."""
         while True:
-            order = torch.randperm(len(self.inputs), generator=generator)
+            order = torch.randperm(len(self.inputs), generator=generator, device=generator.device)
             yield from order.to(self.inputs.device).split(min(size, len(order)))
 
 

@@ -77,7 +77,10 @@ def _solve(vectors: Tensor, metric: Tensor, codes: Tensor, centroids: Tensor) ->
     counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=vectors.dtype))
     left = torch.einsum("bk,bij->kij", counts, metric)
     turned = (vectors @ metric).flatten(0, 1)
-    right = torch.zeros_like(centroids).index_add_(0, codes.flatten(), turned)
+    # Sums in a fixed order, which index_add_ does not have on a GPU.
+    order = codes.flatten().argsort(stable=True)
+    lengths = torch.bincount(codes.flatten(), minlength=k)
+    right = torch.segment_reduce(turned[order], "sum", lengths=lengths, initial=0)
     empty = counts.sum(0) == 0
     left[empty] = torch.eye(g, dtype=left.dtype, device=left.device)
     right[empty] = centroids[empty]
