@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +16,7 @@ from qbench import registry
 from qbench.analysis import heatmap
 from qbench.analysis.sensitivity import AnyMeasure, Sensitivity, rounded, sensitivity
 from qbench.cache import cache_dir
+from qbench.devices import best_device
 from qbench.errors import UserError
 from qbench.methods.mixed import rounding
 from qbench.workspace import Workspace
@@ -58,7 +58,7 @@ def analyze(
     if out is not None:
         heatmap.check_installed()
         _make(out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     space = Workspace(
         registry.resolve("dataset", *registry.parse(dataset)),
         registry.resolve("model", *registry.parse(model)),

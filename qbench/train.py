@@ -14,6 +14,7 @@ from torch import nn
 
 from qbench.cache import cache_dir
 from qbench.datasets.images import ImageArray
+from qbench.devices import best_device
 from qbench.errors import UserError
 from qbench.metrics.map import coco_stats
 from qbench.quant.training import fit
@@ -66,7 +67,7 @@ def train(
     _writable(out)
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     # One calibration image is drawn because there is no calibration without any; nothing looks at it.
     space = Workspace(dataset, model, (1, seed), cache_dir(), device)
     if space.model.task != space.dataset.task:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from qbench import registry
+from qbench.devices import best_device
 from qbench.errors import Unsupported, UserError
 from qbench.machine import machine
 from qbench.metrics.ap import match
@@ -65,7 +66,7 @@ class Worker:
         self.threads: int = job["threads"]
         self.artifact = self.cache / "artifacts" / f"{job['id']}.safetensors"
         self.artifact.parent.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.result = Result(
             key=job["id"],
             label=job["label"],

@@ -8,6 +8,7 @@ import torch
 from test_conformance import CASES
 
 from qbench.check import MODELS, check_method
+from qbench.devices import best_device
 from qbench.errors import Unsupported
 from qbench.registry import Reference, parse, resolve
 from qbench.workspace import Workspace
@@ -19,9 +20,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 @pytest.fixture(autouse=True)
-def _without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose products have 10 bits: results would be further from those of a CPU."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings that a run has, for the time of a test."""
+    for setting in ("deterministic", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
+    best_device()
 
 
 def error(reference: Reference, model: str, device: str, cache: Path) -> float:
@@ -55,5 +58,5 @@ def test_as_good_as_on_a_cpu(case: str, model: str, tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match=re.escape(str(reason))):
             error(reference, model, "cuda", tmp_path / "cache")
         return
-    # What is near the middle between two levels may be rounded the other way.
-    assert error(reference, model, "cuda", tmp_path / "cache") == pytest.approx(here, rel=0.25, abs=1e-5)
+    # Not equal: what is near the middle between two levels may be rounded the other way.
+    assert error(reference, model, "cuda", tmp_path / "cache") < 1.5 * here + 1e-5

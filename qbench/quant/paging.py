@@ -157,11 +157,13 @@ class Pager(TorchDispatchMode):
         if storage is None or not storage.resizable():
             return
         holes = self._holes.get(page.size)
-        page.offset = holes.pop() if holes else self._end
-        self._end = max(self._end, page.offset + page.size)
-        self._file.seek(page.offset)
+        offset = holes.pop() if holes else self._end
         host = storage.cpu()  # kept while its memory is read
+        self._file.seek(offset)
         self._file.write(_raw(host))
+        # Only now, so that the memory is still there where the disk is full.
+        page.offset = offset
+        self._end = max(self._end, offset + page.size)
         storage.resize_(0)
         self._resident -= page.size
         self.spilled += page.size
