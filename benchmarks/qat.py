@@ -20,6 +20,7 @@ from torch import Tensor
 from qbench.data import Batches, Data, Training
 from qbench.methods.lsq import lsq
 from qbench.models.base import cross_entropy
+from qbench.quant.schedule import Schedule
 
 
 class Noise:
@@ -44,7 +45,7 @@ def measure(architecture: str, size: int, batch_size: int, steps: int, **options
     data = Data(
         Batches(noise, cpu), training, cross_entropy, reference=copy.deepcopy(model), record=records.__setitem__
     )
-    lsq(model, data, steps=steps, batch_size=batch_size, lr=1e-3, **options)
+    lsq(model, data, schedule=Schedule(steps=steps, batch_size=batch_size, lr=1e-3), **options)
     timing: dict[str, Any] = records["training"]["timing"]
     return timing
 

@@ -162,8 +162,10 @@ def check(name: str, plugins: list[str], *, as_json: bool) -> int:
     return 0 if all(c.ok for c in checks) else 1
 
 
-def train(model: str, dataset: str, out: Path, *, plugins: list[str], **options: Any) -> None:
+def train(model: str, dataset: str, out: Path, *, plugins: list[str], seed: int, **options: Any) -> None:
     """Train a float checkpoint from random weights."""
+    from qbench.quant.schedule import Schedule
+    from qbench.train import FROM_SCRATCH
     from qbench.train import train as train_checkpoint
 
     registry.load_plugins(plugins)
@@ -171,4 +173,4 @@ def train(model: str, dataset: str, out: Path, *, plugins: list[str], **options:
         registry.resolve("model", *registry.parse(model)),
         registry.resolve("dataset", *registry.parse(dataset)),
     )
-    train_checkpoint(*references, out, **options)
+    train_checkpoint(*references, out, schedule=Schedule(**FROM_SCRATCH.model_dump() | options), seed=seed)

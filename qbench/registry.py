@@ -69,16 +69,32 @@ class Plugin:
 
     @functools.cached_property
     def schema(self) -> type[BaseModel]:
-        """The options: the keyword-only parameters of the function."""
-        assert self.function is not None
-        hints = typing.get_type_hints(self.function, include_extras=True)
+        """The options: the keyword-only parameters of the function, and the fields of those that are models."""
         fields: dict[str, Any] = {}
-        for name, parameter in inspect.signature(self.function).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                default = ... if parameter.default is parameter.empty else parameter.default
-                fields[name] = (hints.get(name, Any), default)
+        for name, (hint, default) in self._keywords.items():
+            own = _fields(hint, default) if name in self._models else {name: (hint, default)}
+            for option in own.keys() & fields:
+                raise UserError(f"{self.source}: {self.kind} {self.name!r} has the option {option!r} twice")
+            fields |= own
         config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
         return create_model(f"{self.name}_options", __config__=config, **fields)
+
+    @functools.cached_property
+    def _keywords(self) -> dict[str, tuple[Any, Any]]:
+        """Type and default (`...` if there is none) of the keyword-only parameters."""
+        assert self.function is not None
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        return {
+            name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
+            for name, parameter in inspect.signature(self.function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+
+    @functools.cached_property
+    def _models(self) -> dict[str, type[BaseModel]]:
+        """The parameters that stand for several options: those annotated with a pydantic model."""
+        hints = ((name, hint) for name, (hint, _) in self._keywords.items())
+        return {name: hint for name, hint in hints if isinstance(hint, type) and issubclass(hint, BaseModel)}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -87,7 +103,22 @@ class Plugin:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         assert self.function is not None
+        for name, group in self._models.items():
+            own = {option: options.pop(option) for option in group.model_fields if option in options}
+            if own:
+                default = self._keywords[name][1]
+                known = default.model_dump() if isinstance(default, BaseModel) else {}
+                options[name] = group.model_validate(known | own)
         return self.function(*args, **options)
+
+
+def _fields(group: type[BaseModel], default: Any) -> dict[str, Any]:
+    """The options that a parameter stands for, with the defaults that it gives them."""
+    hints = typing.get_type_hints(group, include_extras=True)
+    fields = group.model_fields.items()
+    if isinstance(default, BaseModel):
+        return {option: (hints[option], getattr(default, option)) for option, _ in fields}
+    return {option: (hints[option], ... if info.is_required() else info.default) for option, info in fields}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -17,10 +17,13 @@ from qbench.datasets.images import ImageArray
 from qbench.devices import best_device
 from qbench.errors import UserError
 from qbench.metrics.map import coco_stats
+from qbench.quant.schedule import Schedule
 from qbench.quant.training import fit
 from qbench.registry import Reference
 from qbench.score import score
 from qbench.workspace import Workspace
+
+FROM_SCRATCH = Schedule(epochs=100, lr=1e-3, optimizer="adamw", weight_decay=0.05, clip=1.0)
 
 
 def train(
@@ -28,13 +31,7 @@ def train(
     dataset: Reference,
     out: Path,
     *,
-    epochs: int = 100,
-    batch_size: int = 64,
-    lr: float = 1e-3,
-    weight_decay: float = 0.05,
-    warmup: float = 0.05,
-    clip: float | None = 1.0,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
+    schedule: Schedule = FROM_SCRATCH,
     seed: int = 0,
     threads: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
@@ -45,13 +42,7 @@ def train(
         model: what to train; its own checkpoint is not looked at.
         dataset: its training split is learned; its evaluation split is only scored in the end.
         out: the file; its metadata say how it was made and how good it is.
-        epochs: passes over the training images.
-        batch_size: images per step.
-        lr: highest learning rate, after a linear warm-up and before a cosine to 0.
-        weight_decay: of parameters with at least two axes.
-        warmup: share of the steps in which the learning rate grows.
-        clip: largest norm of the gradient.
-        optimizer: `adamw`, or `sgd` with momentum 0.9.
+        schedule: of the training.
         seed: of the initial weights, the order of the images, augmentation and dropout.
         threads: cores to use; None leaves torch's choice.
         progress: called with the fraction that is done.
@@ -73,21 +64,12 @@ def train(
     if space.model.task != space.dataset.task:
         raise UserError(f"model {model} is for {space.model.task}, but dataset {dataset} is for {space.dataset.task}")
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "clip": clip,
-        "optimizer": optimizer,
-    }
     data = space.data(seed=seed, trains=True, progress=progress)
-    network = fit(space.model.build().to(device), data, **settings)
+    network = fit(space.model.build().to(device), data, schedule)
     report = {
         "model": str(model),
         "dataset": str(dataset),
-        "training": settings | {"seed": seed},
+        "training": schedule.model_dump() | {"seed": seed},
         "evaluation": _evaluate(network, space),
     }
     _write(network, out, report)

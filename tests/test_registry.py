@@ -117,6 +117,46 @@ def test_wrong_options(options, message):
     assert "\n" not in str(caught.value)
 
 
+SCHEDULED = """
+from pydantic import BaseModel
+from qbench import method
+
+class Pace(BaseModel):
+    epochs: int = 10
+    lr: float | None = None
+
+@method("paced", track="qat")
+def paced(model, data, *, bits: int = 8, pace: Pace = Pace(lr=0.5)):
+    return bits, pace
+
+@method("unpaced", track="qat")
+def unpaced(model, data, *, pace: Pace):
+    return pace
+
+@method("paced_twice", track="qat")
+def paced_twice(model, data, *, lr: float = 1.0, pace: Pace = Pace()):
+    return pace
+"""
+
+
+def test_the_fields_of_a_model_are_options(tmp_path):
+    registry.load_file(write(tmp_path, SCHEDULED))
+    plain = resolve("method", "paced")
+    assert plain.options == {"bits": 8, "epochs": 10, "lr": 0.5}
+    bits, pace = plain(None, None)
+    assert (bits, pace.epochs, pace.lr) == (8, 10, 0.5)
+    _, pace = resolve("method", *parse("paced[epochs=3,lr=null]"))(None, None)
+    assert (pace.epochs, pace.lr) == (3, None)
+    _, direct = registry.get("method", "paced")(None, None, epochs=2)
+    assert (direct.epochs, direct.lr) == (2, 0.5)
+    assert registry.get("method", "paced")(None, None)[1].lr == 0.5
+    assert resolve("method", "unpaced")(None, None).epochs == 10
+    with pytest.raises(UserError, match=r"has no option 'epoch'; did you mean 'epochs'\? \(options: bits, epochs, lr"):
+        resolve("method", "paced", {"epoch": 3})
+    with pytest.raises(UserError, match=r"method 'paced_twice' has the option 'lr' twice"):
+        resolve("method", "paced_twice")
+
+
 def test_unknown_plugin_names_the_nearest():
     with pytest.raises(UserError, match=r"unknown method 'kmean'; did you mean 'kmeans'\?; `qbench list method`"):
         resolve("method", "kmean")

@@ -8,7 +8,7 @@ import torch
 from qbench import registry
 from qbench.errors import UserError
 from qbench.registry import Reference
-from qbench.train import train
+from qbench.train import FROM_SCRATCH, train
 
 
 def reference(kind: registry.Kind, name: str) -> Reference:
@@ -18,7 +18,9 @@ def reference(kind: registry.Kind, name: str) -> Reference:
 def test_a_checkpoint_is_written_with_how_it_was_made(tmp_path: Path) -> None:
     out = tmp_path / "new" / "model.safetensors"
     model, dataset = reference("model", "digits_efficientnet"), reference("dataset", "digits")
-    report = train(model, dataset, out, epochs=3, batch_size=32, lr=3e-3)
+    report = train(
+        model, dataset, out, schedule=FROM_SCRATCH.model_copy(update={"epochs": 3, "batch_size": 32, "lr": 3e-3})
+    )
     assert report["evaluation"]["top1"] > 0.3
     assert report["evaluation"]["images"] == 600
     assert [path.name for path in out.parent.iterdir()] == [out.name]

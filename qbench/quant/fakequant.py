@@ -72,6 +72,14 @@ class WeightQuantizer(Protocol):
         """What the quantized weight is stored as."""
 
 
+class InputQuantizer(Protocol):
+    """A module through which the input of a layer goes; all that it learns is part of its state."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def deployed(self) -> nn.Module:
+        """The fixed quantizer that does the same, one of `qbench.quant.activations`."""
+
+
 class LearnedWeight(nn.Module):
     """LSQ on a weight: signed codes over the full range, one learned step per tensor or per output channel."""
 
@@ -128,6 +136,12 @@ class LearnedInput(nn.Module):
         self.gain = 1 / math.sqrt(x[0].numel() * max(1, self.high))
         self.used = True
 
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"low": self.low, "high": self.high, "gain": self.gain, "used": self.used}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.low, self.high, self.gain, self.used = state["low"], state["high"], state["gain"], state["used"]
+
     def deployed(self) -> StaticQuantizer:
         """The fixed quantizer with the learned step."""
         return StaticQuantizer(self.bits, self.signed, self.scale.item())
@@ -157,22 +171,37 @@ def reached(model: nn.Module, x: Tensor) -> set[str]:
     return seen
 
 
+def quantizers(model: nn.Module) -> dict[str, nn.Module]:
+    """All that is to be deployed, by the name of its weight or input."""
+    weights = {f"{name}.weight": weight_quantizer(layer) for name, layer in named_weight_layers(model).items()}
+    inputs = {f"{name}.input": quantizer for name, quantizer in input_quantizers(model).items()}
+    return {name: q for name, q in (weights | inputs).items() if q is not None and _is_learned(q)}
+
+
+def _is_learned(module: nn.Module) -> bool:
+    """Whether it is a `WeightQuantizer` or an `InputQuantizer`."""
+    return hasattr(module, "encoding") or hasattr(module, "deployed")
+
+
 def keep_positive(model: nn.Module) -> None:
-    """Pull learned steps that an update made too small back up."""
+    """Pull those parameters `scale` of quantizers back up that an update made too small."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (LearnedWeight, LearnedInput)):
-                module.scale.clamp_(min=SMALLEST)
+            scale = module._parameters.get("scale") if _is_learned(module) else None
+            if scale is not None:
+                scale.clamp_(min=SMALLEST)
 
 
 def deploy(model: nn.Module) -> None:
     """Put what was learned in place of the quantizers: encodings, and fixed input quantizers."""
     for layer in named_weight_layers(model).values():
-        quantizer = cast(WeightQuantizer | None, weight_quantizer(layer))
-        if quantizer is not None:
-            encoding = quantizer.encoding(cast(Tensor, layer.weight).detach())
+        quantizer = weight_quantizer(layer)
+        if quantizer is not None and hasattr(quantizer, "encoding"):
+            weight = cast(Tensor, layer.weight).detach()
+            encoding = cast(WeightQuantizer, quantizer).encoding(weight)
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
             encode(layer, encoding)
     for name, learned in input_quantizers(model).items():
-        if isinstance(learned, LearnedInput):
-            quantize_input(model.get_submodule(name), learned.deployed().to(learned.scale.device))
+        if hasattr(learned, "deployed"):
+            layer = model.get_submodule(name)
+            quantize_input(layer, cast(InputQuantizer, learned).deployed().to(cast(Tensor, layer.weight).device))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from qbench.errors import Unsupported
 from qbench.quant.fakequant import deploy
 from qbench.quant.layers import weight_of
+from qbench.quant.schedule import cosine
 from qbench.quant.soft_rounding import SoftRounding, temperature
 from qbench.quant.sweep import Stop
-from qbench.quant.training import cosine
 
 Groups = list[dict[str, Any]]
 """Parameter groups of Adam; the learning rate of those with `cosine` falls to 0 along half a cosine."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qbench.data import Data, Training
-from qbench.errors import UserError
+from qbench.quant.distillation import Objective, distil
+from qbench.quant.ema import Ema
+from qbench.quant.schedule import Schedule
 from qbench.quant.timing import Pairs
 
-Objective = Callable[[nn.Module, Tensor, Any], Tensor]
-"""`(model, images, targets) -> scalar`"""
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
 """`model -> parameter groups` of the optimizer; a group's `lr` and `weight_decay` replace the common ones."""
+_MOMENTUM = 0.9
+_TICKS = 10_000
+"""As many steps is a training said to have whose end is set by time."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Step:
 
     number: int
     """From 0."""
-    total: int
+    done: float
+    """Share of the training that is done with it, 1 with the last."""
     loss: float
     model: nn.Module
 
@@ -41,23 +46,14 @@ class Step:
 def fit(
     model: nn.Module,
     data: Data,
+    schedule: Schedule,
     *,
-    epochs: int | None = None,
-    steps: int | None = None,
-    batch_size: int = 32,
-    lr: float = 1e-3,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
-    warmup: float = 0.05,
-    clip: float | None = None,
-    freeze_bn: float | None = None,
     objective: Objective | None = None,
     groups: Groups | None = None,
     on_step: Callable[[Step], None] | None = None,
     timing_steps: int = 10,
 ) -> nn.Module:
-    """Train the model in place on `data.train`; the learning rate falls to 0 along a cosine.
+    """Train the model in place on `data.train`.
 
     Loss and seconds of every step go to `data.record("training", ...)`. Where there is a `data.reference`, some early
     steps are also done on a copy of it, so that both are timed in the same window.
@@ -65,16 +61,7 @@ def fit(
     Args:
         model: on `data.device`.
         data: of the run; order, augmentation and dropout follow `data.seed`.
-        epochs: passes over the training images; give this or `steps`.
-        steps: batches to train on.
-        batch_size: images per step.
-        lr: highest learning rate.
-        optimizer: `adamw`, or `sgd` with momentum (not Nesterov's).
-        weight_decay: of parameters with at least two axes.
-        momentum: of `sgd`.
-        warmup: share of the steps in which the learning rate grows linearly to `lr`.
-        clip: largest norm of the gradient; None does not clip.
-        freeze_bn: share of the steps after which batch norms keep their statistics; None never freezes them.
+        schedule: how long, on what batches, and how fast.
         objective: what is minimised; None is `data.loss` of the model's outputs.
         groups: parameter groups; None is `decay_groups`.
         on_step: called after every step.
@@ -84,58 +71,104 @@ def fit(
         The model in evaluation mode.
 
     Raises:
-        UserError: neither or both of `epochs` and `steps` are given.
+        Unsupported: distillation is asked for, and there is no float network or its outputs are not logits.
         FloatingPointError: the loss is not finite.
     """
-    per_epoch = steps_per_epoch(data.train, batch_size)
-    total = _total(epochs, steps, per_epoch)
-    own_groups = groups or (lambda net: decay_groups(net.parameters(), weight_decay))
-
-    def stepper(net: nn.Module, parameters: list[dict[str, Any]], minimised: Objective) -> _Stepper:
-        return _Stepper(net, _optimizer(optimizer, parameters, lr, weight_decay, momentum), minimised, clip)
 
     def plain(net: nn.Module, x: Tensor, y: Any) -> Tensor:
         return data.loss(net(x), y)
 
+    def float_groups(net: nn.Module) -> list[dict[str, Any]]:
+        return decay_groups(net.parameters(), schedule.weight_decay)
+
+    minimised = objective or plain
+    if schedule.distillation:
+        minimised = distil(minimised, data.reference, schedule.distillation)
     history: dict[str, list[float]] = {"loss": [], "seconds": [], "loading_seconds": []}
-    freeze_at = total if freeze_bn is None else math.ceil(freeze_bn * total)
+    clock = _Clock(schedule, steps_per_epoch(data.train, schedule.batch_size))
     with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(data.seed)
-        own = stepper(model, own_groups(model), objective or plain)
-        schedule = torch.optim.lr_scheduler.LambdaLR(own.optimizer, lambda n: cosine(n, total, round(warmup * total)))
+        own = _Stepper(model, (groups or float_groups)(model), minimised, schedule)
         pairs = Pairs(
             data.reference,
-            lambda net: stepper(net, decay_groups(net.parameters(), weight_decay), plain),
-            total,
+            lambda net: _Stepper(net, float_groups(net), plain, schedule),
+            clock.total or sys.maxsize,
             timing_steps,
         )
-        for number, (x, y), loading in _batches(data, total, batch_size):
-            if number in (0, freeze_at):
+        ema = None if schedule.ema is None else Ema(model, schedule.ema)
+        frozen = None
+        for number, (x, y, loading) in enumerate(_batches(data, schedule.batch_size)):
+            if frozen != clock.frozen:
+                frozen = clock.frozen
                 for net in (model, *pairs.networks):
-                    set_training(net, frozen=number >= freeze_at)
+                    set_training(net, frozen=frozen)
+            own.slow_down(clock.factor)
             loss, seconds = pairs.step(number, own, x, y)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {number} of {total}; try a smaller lr")
-            schedule.step()
+                raise FloatingPointError(f"the loss is {loss} at step {number}; try a smaller lr")
+            clock.step(seconds + loading)
             for key, value in (("loss", loss), ("seconds", seconds), ("loading_seconds", loading)):
                 history[key].append(value)
             if on_step is not None:
-                on_step(Step(number, total, loss, model))
-            data.progress((number + 1) / total)
+                on_step(Step(number, clock.done, loss, model))
+            if ema is not None:
+                ema.update(model)
+            data.progress(clock.done)
+            if clock.done >= 1:
+                break
+    if ema is not None:
+        ema.copy_to(model)
     data.record(
         "training",
-        history | {"steps_per_epoch": per_epoch, "batch_size": batch_size, "timing": pairs.record()},
+        history | {"steps_per_epoch": clock.per_epoch, "batch_size": schedule.batch_size, "timing": pairs.record()},
     )
     return model.eval()
+
+
+class _Clock:
+    """How much of a training is done."""
+
+    def __init__(self, schedule: Schedule, per_epoch: int) -> None:
+        self.schedule, self.per_epoch, self.total = schedule, per_epoch, schedule.total(per_epoch)
+        self.steps, self.seconds = 0, 0.0
+
+    def step(self, seconds: float) -> None:
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+
+    @property
+    def done(self) -> float:
+        """From 0 to 1."""
+        if self.schedule.seconds is not None:
+            return min(1.0, self.seconds / self.schedule.seconds)
+        return self.steps / (self.total or 1)
+
+    @property
+    def factor(self) -> float:
+        """Of the learning rate in the next step."""
+        if self.total is None:
+            return self.schedule.factor(self.done * _TICKS, _TICKS)
+        return self.schedule.factor(self.steps, self.total)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether batch norms keep their statistics in the next step."""
+        return self.schedule.freeze_bn is not None and self.done >= self.schedule.freeze_bn
 
 
 class _Stepper:
     """One network with its optimizer: a call does one step and returns the loss."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, clip: float | None
+        self, model: nn.Module, groups: list[dict[str, Any]], objective: Objective, schedule: Schedule
     ) -> None:
-        self.model, self.optimizer, self.objective, self.clip = model, optimizer, objective, clip
+        self.model, self.objective, self.clip = model, objective, schedule.clip
+        self.optimizer = _optimizer(schedule.optimizer, groups, schedule.lr, schedule.weight_decay)
+        self.highest = [group["lr"] for group in self.optimizer.param_groups]
+
+    def slow_down(self, factor: float) -> None:
+        """Set the learning rates to that share of the highest."""
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = highest * factor
 
     def __call__(self, x: Tensor, y: Any) -> float:
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,13 +183,6 @@ class _Stepper:
 def steps_per_epoch(train: Training, batch_size: int) -> int:
     """How many batches `Training.epoch` yields."""
     return max(1, train.images // batch_size)
-
-
-def cosine(step: int, total: int, warmup: int) -> float:
-    """Factor of the learning rate: linear up to 1 over `warmup` steps, then half a cosine down to 0 at `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -177,28 +203,18 @@ def set_training(model: nn.Module, *, frozen: bool) -> None:
                 module.eval()
 
 
-def _total(epochs: int | None, steps: int | None, per_epoch: int) -> int:
-    if (epochs is None) == (steps is None):
-        raise UserError(f"training needs either epochs or steps, not epochs={epochs} and steps={steps}")
-    return steps if steps is not None else (epochs or 0) * per_epoch
-
-
-def _batches(data: Data, total: int, batch_size: int) -> Iterator[tuple[int, tuple[Tensor, Any], float]]:
-    """Number of the step, batch, and the seconds it took to get it."""
-    done = epoch = 0
-    while done < total:
-        batches = data.train.epoch(epoch, batch_size=batch_size, seed=data.seed)
+def _batches(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Any, float]]:
+    """Images, targets and the seconds it took to get them, without end."""
+    for epoch in itertools.count():
         start = time.perf_counter()
-        for batch in itertools.islice(batches, total - done):
-            yield done, batch, time.perf_counter() - start
-            done += 1
+        for x, y in data.train.epoch(epoch, batch_size=batch_size, seed=data.seed):
+            yield x, y, time.perf_counter() - start
             start = time.perf_counter()
-        epoch += 1
 
 
 def _optimizer(
-    name: Literal["adamw", "sgd"], parameters: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float
+    name: Literal["adamw", "sgd"], groups: list[dict[str, Any]], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, momentum=_MOMENTUM)

@@ -15,6 +15,7 @@ from qbench.models.base import cross_entropy
 from qbench.quant.activations import StaticQuantizer, input_quantizers
 from qbench.quant.encodings import Affine
 from qbench.quant.layers import encodings
+from qbench.quant.schedule import Schedule
 from qbench.quant.training import fit
 
 
@@ -56,7 +57,7 @@ def trained() -> nn.Module:
         nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
         nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4),
     )  # fmt: skip
-    return fit(model, make_data()[0], epochs=10, batch_size=32, lr=1e-2)
+    return fit(model, make_data()[0], Schedule(epochs=10, batch_size=32, lr=1e-2, optimizer="adamw"))
 
 
 @pytest.mark.parametrize(
@@ -71,17 +72,13 @@ def test_low_bits_come_close_to_float(trained: nn.Module, bits: int, granularity
         bits=bits,
         activation_bits=bits,
         granularity=granularity,
-        epochs=6,
-        batch_size=32,
-        optimizer=optimizer,
-        lr=lr,
+        schedule=Schedule(epochs=6, batch_size=32, optimizer=optimizer, lr=lr),
     )
     assert corners.right(trained) > 0.95
     assert corners.right(model) > 0.9
     assert records["lsq"]["deployed_difference"] <= 1e-5
-    start, end = records["lsq"]["steps_at_start"], records["lsq"]["steps_at_end"]
-    assert len(start) == 8
-    assert all(end[name] > 0 and end[name] != start[name] for name in start)
+    assert len(records["lsq"]["state"]) == 8
+    assert all(min(steps) > 0 and steps[0] != steps[-1] for steps in records["lsq"]["state"].values())
     widths = [encoding.levels for encoding in encodings(model).values() if isinstance(encoding, Affine)]
     assert widths == [256, 2**bits, 2**bits, 256]
     fixed = input_quantizers(model)
@@ -91,7 +88,7 @@ def test_low_bits_come_close_to_float(trained: nn.Module, bits: int, granularity
 
 
 def test_the_same_seed_gives_the_same_artifact(trained: nn.Module) -> None:
-    first, second = (lsq(copy.deepcopy(trained), make_data(trained)[0], steps=4) for _ in range(2))
+    first, second = (lsq(copy.deepcopy(trained), make_data(trained)[0], schedule=Schedule(steps=4)) for _ in range(2))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -99,7 +96,7 @@ def test_the_same_seed_gives_the_same_artifact(trained: nn.Module) -> None:
 def test_the_result_packs_and_loads(trained: nn.Module, tmp_path: Path) -> None:
     from qbench.quant.packing import Origin, pack, read
 
-    model = lsq(copy.deepcopy(trained), make_data()[0], steps=2)
+    model = lsq(copy.deepcopy(trained), make_data()[0], schedule=Schedule(steps=2))
     pack(model, tmp_path / "a.safetensors", Origin("none", {}))
     header, _ = read(tmp_path / "a.safetensors")
     assert len(header["encodings"]) == len(header["quantizers"]) == 4
@@ -110,7 +107,7 @@ def test_the_result_packs_and_loads(trained: nn.Module, tmp_path: Path) -> None:
 
 
 def test_weights_only_and_float_edges(trained: nn.Module) -> None:
-    model = lsq(copy.deepcopy(trained), make_data()[0], activation_bits=None, edge_bits=32, steps=2)
+    model = lsq(copy.deepcopy(trained), make_data()[0], activation_bits=None, edge_bits=32, schedule=Schedule(steps=2))
     assert not input_quantizers(model)
     assert set(encodings(model)) == {"4.weight", "9.weight"}
 
@@ -118,11 +115,12 @@ def test_weights_only_and_float_edges(trained: nn.Module) -> None:
 def test_distillation_uses_the_float_network(trained: nn.Module) -> None:
     data, corners, _ = make_data(trained)
     before = copy.deepcopy(trained.state_dict())
-    model = lsq(copy.deepcopy(trained), data, bits=2, distillation=1.0, epochs=4, batch_size=32)
+    schedule = Schedule(distillation=1.0, epochs=4, batch_size=32)
+    model = lsq(copy.deepcopy(trained), data, bits=2, schedule=schedule)
     assert corners.right(model) > 0.9
     assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
     with pytest.raises(Unsupported, match="no float network"):
-        lsq(copy.deepcopy(trained), make_data()[0], distillation=0.5, steps=1)
+        lsq(copy.deepcopy(trained), make_data()[0], schedule=schedule)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
@@ -131,7 +129,7 @@ def test_real_architectures(name: str) -> None:
     extra = {"img_size": 16, "patch_size": 4} if name == "test_vit" else {}
     model = timm.create_model(name, num_classes=4, **extra).eval()
     data, _, records = make_data(copy.deepcopy(model))
-    deployed = lsq(model, data, steps=3, batch_size=32)
+    deployed = lsq(model, data, schedule=Schedule(steps=3, batch_size=32))
     assert records["lsq"]["deployed_difference"] <= 1e-5
     assert len(encodings(deployed)) == len(input_quantizers(deployed)) > 5
     assert len(records["training"]["timing"]["quantized"]) == 2

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from qbench.data import Batches, Data, Training
-from qbench.errors import UserError
 from qbench.models.base import cross_entropy
-from qbench.quant.training import Step, cosine, decay_groups, fit
+from qbench.quant.distillation import divergence
+from qbench.quant.schedule import Schedule
+from qbench.quant.training import Step, decay_groups, fit
 
 
 class Blobs:
@@ -53,6 +54,10 @@ def network() -> nn.Sequential:
     )
 
 
+def schedule(**options: Any) -> Schedule:
+    return Schedule(**{"optimizer": "adamw", "lr": 1e-3, "batch_size": 16, "weight_decay": 0.0} | options)
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -61,7 +66,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(optimizer: Any) -> None:
     def trained(seed: int, reference: nn.Module | None = None) -> nn.Module:
         data, _ = make_data(seed, reference)
-        return fit(network(), data, epochs=2, batch_size=16, optimizer=optimizer)
+        return fit(network(), data, schedule(epochs=2, optimizer=optimizer))
 
     first = trained(0)
     assert same(first, trained(0))
@@ -71,7 +76,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(optimize
 
 def test_the_loss_falls_and_everything_is_recorded() -> None:
     data, records = make_data(reference=network().eval())
-    model = fit(network(), data, epochs=8, batch_size=16, lr=1e-2, timing_steps=5)
+    model = fit(network(), data, schedule(epochs=8, lr=1e-2), timing_steps=5)
     assert not any(module.training for module in model.modules())
     record = records["training"]
     assert len(record["loss"]) == len(record["seconds"]) == len(record["loading_seconds"]) == 8 * 4
@@ -88,25 +93,17 @@ def test_the_reference_is_not_changed_and_global_random_numbers_are_not_consumed
     before = copy.deepcopy(reference)
     data, _ = make_data(reference=reference)
     state = torch.get_rng_state()
-    fit(network(), data, steps=5, batch_size=16)
+    fit(network(), data, schedule(steps=5))
     assert same(reference, before)
     assert not reference.training
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    factors = [cosine(step, 100, 4) for step in range(101)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[52] == pytest.approx(0.5)
-    assert factors[100] == pytest.approx(0.0, abs=1e-12)
-    assert factors[4:] == sorted(factors[4:], reverse=True)
 
 
 def test_one_step_of_sgd_is_the_textbook_one() -> None:
     data, _ = make_data()
     model, by_hand = network(), network()
     model[5] = by_hand[5] = nn.Identity()
-    fit(model, data, steps=1, batch_size=16, lr=0.5, optimizer="sgd", weight_decay=0.1, warmup=0.0)
+    fit(model, data, schedule(steps=1, lr=0.5, optimizer="sgd", weight_decay=0.1, warmup=0.0))
     x, y = next(iter(data.train.epoch(0, batch_size=16, seed=0)))
     cross_entropy(by_hand.train()(x), y).backward()
     for own, hand in zip(model.parameters(), by_hand.parameters(), strict=True):
@@ -121,7 +118,7 @@ def test_batch_norm_statistics_freeze_on_time() -> None:
     def note(step: Step) -> None:
         seen.append(step.model.get_buffer("1.running_mean").clone())
 
-    fit(network(), data, steps=8, batch_size=16, freeze_bn=0.5, on_step=note)
+    fit(network(), data, schedule(steps=8, freeze_bn=0.5), on_step=note)
     assert not torch.equal(seen[2], seen[3])
     assert all(torch.equal(mean, seen[3]) for mean in seen[4:])
 
@@ -129,7 +126,7 @@ def test_batch_norm_statistics_freeze_on_time() -> None:
 def test_clipping_bounds_the_step() -> None:
     data, _ = make_data()
     model, before = network(), network()
-    fit(model, data, steps=1, batch_size=16, lr=1.0, optimizer="sgd", warmup=0.0, clip=0.01)
+    fit(model, data, schedule(steps=1, lr=1.0, optimizer="sgd", warmup=0.0, clip=0.01))
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -140,8 +137,7 @@ def test_groups_and_objective_replace_the_common_ones() -> None:
     fit(
         model,
         data,
-        steps=3,
-        batch_size=16,
+        schedule(steps=3),
         groups=lambda net: [{"params": [net[6].weight], "lr": 1e-2}],
         objective=lambda net, x, y: net(x).square().mean(),
     )
@@ -151,15 +147,46 @@ def test_groups_and_objective_replace_the_common_ones() -> None:
     assert records["training"]["timing"] == {}
 
 
-def test_epochs_or_steps_but_not_both() -> None:
+def test_time_ends_a_training() -> None:
+    data, records = make_data()
+    done: list[float] = []
+    fit(network(), data, schedule(seconds=0.2), on_step=lambda step: done.append(step.done))
+    record = records["training"]
+    spent = [a + b for a, b in zip(record["seconds"], record["loading_seconds"], strict=True)]
+    assert sum(spent[:-1]) < 0.2 <= sum(spent)
+    assert done == sorted(done)
+    assert done[-1] == 1
+
+
+def test_the_end_is_a_moving_average() -> None:
     data, _ = make_data()
-    with pytest.raises(UserError, match="either epochs or steps"):
-        fit(network(), data)
-    with pytest.raises(UserError, match="either epochs or steps"):
-        fit(network(), data, epochs=1, steps=1)
+    seen: list[Tensor] = []
+    model = fit(network(), data, schedule(steps=4, ema=0.3), on_step=lambda s: seen.append(s.model[6].weight.clone()))
+    expected = network()[6].weight.detach()
+    for number, weight in enumerate(seen, start=1):
+        share = min(0.3, (1 + number) / (10 + number))
+        expected = share * expected + (1 - share) * weight.detach()
+    torch.testing.assert_close(model[6].weight.detach(), expected)
+    assert not torch.equal(seen[-1], expected)
+
+
+def test_distillation_learns_the_answers_of_the_float_network_whatever_the_objective() -> None:
+    teacher, student = network().eval(), network()
+    with torch.no_grad():
+        student[6].weight.zero_()
+    data, _ = make_data(reference=teacher)
+    x = data.calibration.source.batch(range(64))
+    apart = divergence(student.eval()(x), teacher(x))
+    fit(
+        student,
+        data,
+        schedule(epochs=10, lr=1e-2, distillation=1.0),
+        objective=lambda net, x, y: net(x).sum() * 1e6,
+    )
+    assert divergence(student(x), teacher(x)) < 0.3 * apart
 
 
 def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     data, _ = make_data()
-    with pytest.raises(FloatingPointError, match="at step 0 of 4"):
-        fit(network(), data, epochs=1, batch_size=16, objective=lambda net, x, y: net(x).sum() * float("nan"))
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        fit(network(), data, schedule(epochs=1), objective=lambda net, x, y: net(x).sum() * float("nan"))

@@ -1,0 +1,151 @@
+"""Quantization-aware training: what every method does around its quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench.data import Data
+from qbench.quant.activations import quantize_input
+from qbench.quant.distillation import Objective
+from qbench.quant.fakequant import deploy, keep_positive, quantize_weight, quantizers, reached
+from qbench.quant.layers import clear_encodings, named_weight_layers, output_axis, select_layers, weight_of
+from qbench.quant.schedule import Schedule
+from qbench.quant.training import Groups, Step, decay_groups, fit
+
+WeightFactory = Callable[[Tensor, int, int], nn.Module]
+"""`(weight, bits, axis of the output channels) -> fakequant.WeightQuantizer`"""
+InputFactory = Callable[[int], nn.Module]
+"""`bits -> fakequant.InputQuantizer`, which sets itself from the first batch it sees."""
+_POINTS = 100
+
+
+def train_quantized(
+    model: nn.Module,
+    data: Data,
+    schedule: Schedule,
+    weight: WeightFactory,
+    inputs: InputFactory,
+    *,
+    name: str,
+    bits: int,
+    activation_bits: int | None,
+    edge_bits: int | None = None,
+    skip: tuple[str, ...] = (),
+    objective: Objective | None = None,
+    groups: Groups | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> nn.Module:
+    """Put quantizers on weights and inputs, train, and put what was learned in their place.
+
+    `data.record(name, ...)` gets `state`: the mean of every parameter of every quantizer at the start, at up to 100
+    of the `steps`, and at the end; and `deployed_difference`: the largest difference of outputs of the first
+    calibration batch between the trained and the deployed network.
+
+    Args:
+        model: the float model.
+        data: with training images.
+        schedule: of the training.
+        weight: makes the quantizer of a weight.
+        inputs: makes the quantizer of a layer's input.
+        name: of the record, that of the method.
+        bits: of the weights.
+        activation_bits: of the inputs of the same layers; None leaves them in float.
+        edge_bits: of the first and the last layer, weights and inputs alike; None means like all others, 32 float.
+        skip: names, or first parts of names, of layers left in float.
+        objective: what is minimised; None is the task's loss.
+        groups: parameter groups; None is `quantizer_groups`.
+        on_step: called after every step.
+
+    Raises:
+        Unsupported: distillation is asked for, and there is no float network or its outputs are not logits.
+    """
+    images = next(iter(data.calibration))
+    chosen = list(select_layers(model, bits, edge_bits, skip))
+    fed = list(select_layers(model, activation_bits, edge_bits, skip, for_inputs=True)) if activation_bits else []
+    calls = reached(model.eval(), images)
+    for layer in named_weight_layers(model).values():
+        clear_encodings(layer)
+    for _, layer, width in chosen:
+        quantize_weight(layer, weight(weight_of(layer), width, output_axis(layer)).to(images.device))
+    for layer_name, layer, width in fed:
+        if layer_name in calls:
+            quantize_input(layer, inputs(width).to(images.device))
+    with torch.no_grad():
+        model(images)
+    history = _History(model)
+
+    def after(step: Step) -> None:
+        keep_positive(model)
+        history.see(step)
+        if on_step is not None:
+            on_step(step)
+
+    fit(model, data, schedule, objective=objective, groups=groups or quantizer_groups(schedule), on_step=after)
+    history.add()
+    data.record(name, {**history.record, "deployed_difference": _deploy(model, images)})
+    return model
+
+
+def quantizer_groups(schedule: Schedule) -> Groups:
+    """Parameters of quantizers do not decay.
+
+    Updates of AdamW do not depend on the size of the gradient: there each of them learns with `lr` times its own size,
+    or `lr` if it is 0.
+    """
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        learned = [parameter for quantizer in quantizers(model).values() for parameter in quantizer.parameters()]
+        known = {id(parameter) for parameter in learned}
+        others = decay_groups((p for p in model.parameters() if id(p) not in known), schedule.weight_decay)
+        if schedule.optimizer == "sgd":
+            return [*others, {"params": learned, "weight_decay": 0.0}]
+        own = [{"params": [p], "weight_decay": 0.0, "lr": schedule.lr * _size(p)} for p in learned]
+        return [*others, *own]
+
+    return groups
+
+
+def _size(parameter: Tensor) -> float:
+    return parameter.detach().abs().mean().item() or 1.0
+
+
+class _History:
+    """The means of what the quantizers learn, over time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.done, self.steps = model, 0.0, 0
+        self.record: dict[str, Any] = {"steps": [], "state": {}}
+        self.add()
+
+    def see(self, step: Step) -> None:
+        """Add a point if it is time to."""
+        before, self.done, self.steps = self.done, step.done, step.number + 1
+        if int(before * _POINTS) < int(step.done * _POINTS) < _POINTS:
+            self.add()
+
+    def add(self) -> None:
+        """The state of now."""
+        self.record["steps"].append(self.steps)
+        for name, quantizer in quantizers(self.model).items():
+            for key, parameter in quantizer.named_parameters():
+                self.record["state"].setdefault(f"{name}.{key}", []).append(parameter.detach().mean().item())
+
+
+@torch.no_grad()
+def _deploy(model: nn.Module, images: Tensor) -> float:
+    """Largest difference of the outputs that deploying makes."""
+    trained = _flat(model(images))
+    deploy(model)
+    return (_flat(model(images)) - trained).abs().max().item()
+
+
+def _flat(outputs: Any) -> Tensor:
+    """All numbers of a network's output, whatever its structure."""
+    if isinstance(outputs, Tensor):
+        return outputs.flatten()
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return torch.cat([_flat(value) for value in values])
