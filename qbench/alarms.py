@@ -69,6 +69,8 @@ _ORDERED: dict[str, tuple[str, Callable[[Any], float | None]]] = {
     "bits": ("more bits", _number),
     "activation_bits": ("more bits", _or_float),
     "edge_bits": ("more bits", _number),
+    "boxes": ("more bits", _number),
+    "scores": ("more bits", _number),
     "format": ("more bits", _in_name),
     "dtype": ("more bits", _in_name),
     "levels": ("more levels", _number),

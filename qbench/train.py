@@ -17,6 +17,7 @@ from qbench.datasets.images import ImageArray
 from qbench.devices import best_device
 from qbench.errors import UserError
 from qbench.metrics.map import coco_stats
+from qbench.models.checkpoints import distinct
 from qbench.quant.schedule import Schedule
 from qbench.quant.training import fit
 from qbench.registry import Reference
@@ -103,7 +104,7 @@ def _evaluate(network: nn.Module, space: Workspace) -> dict[str, Any]:
 def _write(network: nn.Module, out: Path, report: dict[str, Any]) -> None:
     state = {
         name: (value.float() if value.is_floating_point() else value).detach().cpu().contiguous()
-        for name, value in network.state_dict().items()
+        for name, value in distinct(network.state_dict()).items()
     }
     safetensors.torch.save_file(state, _partial(out), metadata={"qbench_training": json.dumps(report)})
     _partial(out).replace(out)

@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import nn
 
 from qbench.data import Data
+from qbench.errors import Unsupported
 from qbench.quant.layers import encode, output_axis, select_layers, weight_of
 from qbench.quant.levels import apot_levels, mirrored, nearest_scaled
 from qbench.registry import method
@@ -35,8 +36,13 @@ def apot(
         layer_bits: bits of the layers whose name equals or begins with a key; 32 leaves them in float.
         edge_bits: bits of the first and the last layer; 32 leaves them in float.
         skip: names, or first parts of names, of layers left in float.
+
+    Raises:
+        Unsupported: `head_bits` sets more than 7 bits.
     """
-    for _, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
+    for name, layer, width in select_layers(model, bits, edge_bits, skip, layer_bits):
+        if width > 7:
+            raise Unsupported(f"{name} is to have {width} bits, and apot has 7 at most")
         levels = mirrored(apot_levels(width - 1))
         encode(layer, nearest_scaled(weight_of(layer), levels, granularity, output_axis(layer)))
     return model

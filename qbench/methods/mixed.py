@@ -20,6 +20,7 @@ from qbench.data import Batches, Data
 from qbench.errors import Unsupported, UserError
 from qbench.metrics.coverage import macs
 from qbench.quant.activations import input_quantizer
+from qbench.quant.heads import head_bits
 from qbench.quant.layers import select_layers, weight_of, within
 from qbench.registry import Bits, DataFile, MethodReference, method
 
@@ -90,9 +91,12 @@ def mixed(
         skip: names, or first parts of names, of layers left in float.
 
     Raises:
-        UserError: the budgets cannot be met, there is none, or the table lacks a layer or a width.
+        UserError: the budgets cannot be met, there is none, the table lacks a layer or a width, or `head_bits` went
+            before.
         Unsupported: the measure needs class scores, and the outputs are something else.
     """
+    if head_bits(model):
+        raise UserError("mixed chooses the widths of all layers: leave head_bits out, or set them together with groups")
     model.eval()
     reference = data.reference if data.reference is not None else model
     outer = registry.resolve("method", *registry.parse(method))

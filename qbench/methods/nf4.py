@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qbench.data import Data
+from qbench.errors import Unsupported
 from qbench.quant.encodings import Affine, Codebook, Scaled
 from qbench.quant.layers import encode, output_axis, select_layers, weight_of
 from qbench.quant.levels import nf4_levels
@@ -38,8 +39,13 @@ def nf4(
         double_quantization: store scales in 8 bits, 256 of them sharing a float32 range, in place of float32.
         edge_bits: 32 leaves the first and the last layer in float.
         skip: names, or first parts of names, of layers left in float.
+
+    Raises:
+        Unsupported: `head_bits` sets another width.
     """
-    for _, layer, _ in select_layers(model, 4, edge_bits, skip):
+    for name, layer, width in select_layers(model, 4, edge_bits, skip):
+        if width != 4:
+            raise Unsupported(f"{name} is to have {width} bits, and nf4 has 4")
         weight, axis = weight_of(layer), output_axis(layer)
         levels = nf4_levels().to(weight.device)
         scale = blocked(weight, block_size, axis).abs().amax(2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from qbench.errors import UserError
@@ -51,14 +52,19 @@ class Checkpoint:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
-    """Load the state dict, strictly.
+    """Load the state dict, strictly; of a tensor that has several names, one suffices.
 
     Raises:
         UserError: keys are missing, unexpected, or of another shape; the message names them.
     """
     own = module.state_dict()
+    present = {_memory(own[key]) for key in own.keys() & state.keys()}
     # Counters that only matter when training goes on: checkpoints converted from other frameworks lack them.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    missing = [
+        key
+        for key, value in own.items()
+        if key not in state and not key.endswith("num_batches_tracked") and _memory(value) not in present
+    ]
     unexpected = [key for key in state if key not in own]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
@@ -73,3 +79,16 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: str = "the chec
     if problems:
         raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(dict(state), strict=False)
+
+
+def _memory(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.shape
+
+
+def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without further names of tensors that are there already: what a safetensors file can hold."""
+    first: dict[tuple[int, int, torch.Size], str] = {}
+    for key, value in state.items():
+        if value.numel():
+            first.setdefault(_memory(value), key)
+    return {key: value for key, value in state.items() if not value.numel() or first[_memory(value)] == key}

@@ -23,6 +23,7 @@ from qbench.datasets.base import Boxes
 from qbench.models.base import Detections, Model, Preprocess
 from qbench.models.checkpoints import Checkpoint
 from qbench.models.digits import WEIGHTS
+from qbench.quant.heads import Heads, declare
 from qbench.registry import model
 
 CLASSES = 10
@@ -68,6 +69,7 @@ class Detector(nn.Module):
         nn.init.constant_(scores.bias, -math.log(99))
         self.classes = nn.Sequential(_block(width), scores)
         self.sides = nn.Sequential(_block(width), nn.Conv2d(width, 4, 1))
+        declare(self, Heads(boxes=("sides",), scores=("classes",), outputs=("sides.1", "classes.1")))
 
     def forward(self, x: Tensor) -> Outputs:
         fine, coarse = self.backbone(x)

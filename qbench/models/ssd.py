@@ -18,6 +18,7 @@ from qbench.errors import UserError
 from qbench.models import anchors
 from qbench.models.base import Detections, Model, Preprocess
 from qbench.models.checkpoints import Checkpoint
+from qbench.quant.heads import Heads, declare
 from qbench.registry import model
 
 SIDE = 300
@@ -81,6 +82,7 @@ class SSD(nn.Module):
         heads = list(zip(_CHANNELS, anchors.COUNTS, strict=True))
         self.box = nn.ModuleList(nn.Conv2d(channels, 4 * count, 1) for channels, count in heads)
         self.cls = nn.ModuleList(nn.Conv2d(channels, COLUMNS * count, 1) for channels, count in heads)
+        declare(self, Heads(boxes=("box",), scores=("cls",), outputs=("box", "cls")))
 
     def forward(self, x: Tensor) -> Outputs:
         maps = list(self.backbone(x))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qbench.errors import Unsupported, UserError
 from qbench.quant.encodings import Encoding
+from qbench.quant.heads import head_bits, heads_of
 from qbench.quant.pruning import zeros_of
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -50,10 +51,11 @@ def select_layers(
     Args:
         model: the model.
         bits: bit width of all layers but the edges.
-        edge_bits: bit width of the first and the last layer; None means `bits`, 32 leaves them in float.
+        edge_bits: bit width of the first and the last layer, or the last ones of a detector's heads; None means
+            `bits`, 32 leaves them in float.
         skip: layers left in float: those whose name equals or begins with one of these.
-        layer_bits: bit widths of layers whose name equals or begins with a key, whatever `bits` and `edge_bits` say;
-            the longest key counts.
+        layer_bits: bit widths of layers whose name equals or begins with a key, whatever `bits`, `edge_bits` and the
+            widths that were set for a detector's heads say; the longest key counts.
         for_inputs: the layers' inputs are to be quantized. A weight that several layers share is quantized once, with
             the first of them, but each has an input of its own.
 
@@ -63,7 +65,8 @@ def select_layers(
     """
     layers = named_weight_layers(model)
     names = list(layers)
-    own = _by_name(names, layer_bits or {})
+    own = _by_name(names, head_bits(model)) | _by_name(names, layer_bits or {})
+    edges = _edges(model, names)
     seen: set[int] = set()
     for name, layer in layers.items():
         known = id(layer.weight) in seen and not for_inputs
@@ -75,7 +78,7 @@ def select_layers(
                 f" before (torch.nn.utils.parametrize.remove_parametrizations), or leave it in float with skip=[{name}]"
             )
         seen.add(id(layer.weight))
-        usual = bits if edge_bits is None or name not in (names[0], names[-1]) else edge_bits
+        usual = bits if edge_bits is None or name not in edges else edge_bits
         chosen = own.get(name, usual)
         if chosen < 32:
             yield name, layer, chosen
@@ -84,6 +87,12 @@ def select_layers(
 def full_name(*parts: str) -> str:
     """The name of something inside of a module: parts, of which the first is empty for the model itself, and dots."""
     return ".".join(part for part in parts if part)
+
+
+def _edges(model: nn.Module, names: list[str]) -> set[str]:
+    heads = heads_of(model)
+    last = names[-1:] if heads is None else [name for name in names if any(within(name, one) for one in heads.outputs)]
+    return {*names[:1], *last}
 
 
 def within(name: str, prefix: str) -> bool:
