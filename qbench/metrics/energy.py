@@ -47,7 +47,7 @@ def energy(
     Raises:
         Unsupported: there is no counter that may be read, or the network is not deployable as integers.
     """
-    meter = counter(registry.resolve("runtime", runtime)().device)
+    meter = counter(registry.resolve("runtime", *registry.parse(runtime))().device)
     deployed = deploy(finished, runtime, batch_size, threads)
     calls = {name: partial(network.run, deployed.batch) for name, network in deployed.networks.items()}
     windows = alternate(calls, meter, images=batch_size, rounds=rounds, seconds=seconds)

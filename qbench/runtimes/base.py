@@ -23,7 +23,7 @@ class Compiled:
     claimed_layers: tuple[str, ...]
     """Layers that have integer weights and integer inputs, by the model's encodings and quantizers."""
     float_layers: Mapping[str, str]
-    """The other layers, and why they stay in float."""
+    """Layers that run in float, and why; a claimed one is among them where the runtime has no integer kernel for it."""
 
 
 class Runtime(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from qbench.errors import Unsupported
+from qbench.quant.layers import full_name
 from qbench.registry import runtime
 from qbench.runtimes.base import Compiled, Runtime
 from qbench.runtimes.integers import NOT, is_quantized, judge
@@ -26,6 +26,7 @@ _INTEGER = (
     "ConvInteger",
 )
 _FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_WHY = dict.fromkeys(("Conv", "FusedConv"), ": no quantizer follows it, directly or behind a ReLU")
 
 
 @runtime("onnxruntime")
@@ -54,14 +55,27 @@ class _OnnxRuntime:
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             session = open_session(graph.SerializeToString(), threads=threads, optimized=optimized)
-            kernels = Counter(node.op_type for node in onnx.load(optimized).graph.node)
-        verified = sum(kernels[name] for name in _INTEGER)
+            nodes = [(node.op_type, node.name) for node in onnx.load(optimized).graph.node]
+        verified = sum(kind in _INTEGER for kind, _ in nodes)
         if integer and not verified:
             raise Unsupported(
                 f"{NOT}ONNX Runtime runs none of the {len(integer)} integer layers with an integer kernel here"
             )
-        count = verified + sum(kernels[name] for name in _FLOAT)
-        return Compiled(_runner(session), verified, count, integer, floats)
+        in_float = [(kind, layer_of(name, integer)) for kind, name in nodes if kind in _FLOAT]
+        lost = {layer: f"ONNX Runtime computes it as {kind}" + _WHY.get(kind, "") for kind, layer in in_float if layer}
+        return Compiled(_runner(session), verified, verified + len(in_float), integer, {**floats, **lost})
+
+
+def layer_of(node: str, layers: tuple[str, ...]) -> str | None:
+    """The layer whose node this is, by the name that torch's exporter gave it: `/network/features/features.0/Conv`."""
+    _, _, *scopes = node.split("/")
+    name = ""
+    found = None
+    # A child of a sequence repeats the name of the sequence.
+    for scope in scopes:
+        found = name if name in layers else found
+        name = full_name(name, scope.rpartition(".")[2])
+    return found
 
 
 def open_session(source: bytes | str, *, threads: int = 1, optimize: bool = True, optimized: Path | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,9 @@ from qbench.runtimes.integers import NOT, is_quantized, judge, with_integers
 from qbench.runtimes.padding import fix_padding
 
 _COMPUTE = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_NAME = re.compile(
+    r"^__module\.([^/]+)/aten::(?:_convolution|linear|matmul)\b|^self\.([^/]+)\.parametrizations\.weight\b"
+)
 
 
 @runtime("openvino")
@@ -44,12 +48,18 @@ class _OpenVino:
             },
         )
         kernels = _kernels(network)
-        verified = sum(kernel.lower().endswith("_i8") for kernel in kernels)
+        verified = sum(_is_integer(primitive) for primitive, _ in kernels)
         if integer and not verified:
             raise Unsupported(
                 f"{NOT}OpenVINO runs none of the {len(integer)} integer layers with an integer kernel here"
             )
-        return Compiled(_runner(network), verified, len(kernels), integer, floats)
+        lost = {
+            name: f"OpenVINO has no integer kernel for it here: it takes {primitive}"
+            for primitive, names in kernels
+            if not _is_integer(primitive)
+            for name in names & set(integer)
+        }
+        return Compiled(_runner(network), verified, len(kernels), integer, {**floats, **lost})
 
 
 def to_openvino(module: nn.Module, example: Tensor) -> tuple[Any, tuple[str, ...], Mapping[str, str]]:
@@ -87,19 +97,40 @@ def _convert(ov: Any, module: nn.Module, example: Tensor) -> Any:
     return converted
 
 
-def _kernels(network: Any) -> list[str]:
-    """The primitives that execute convolutions and matrix products, such as `brgconv_avx512_I8`."""
+def _kernels(network: Any) -> list[tuple[str, set[str]]]:
+    """The primitives that execute convolutions and products, such as `brgconv_avx512_I8`, each with its layer's name.
+
+    The name is that of the weight where the layer's own is lost; there is none where neither is kept.
+    """
     found = []
     for operation in network.get_runtime_model().get_ordered_ops():
-        info = operation.get_rt_info()
-        kind, primitive = info["layerType"].astype(str), info["primitiveType"].astype(str)
+        kind, primitive = _info(operation, "layerType"), _info(operation, "primitiveType")
+        sources = [port.get_source_output().get_node() for port in operation.inputs()]
+        names = _info(operation, "originalLayersNames").split(",")
         if kind in _COMPUTE:
-            found.append(primitive)
+            constants = [source for source in sources if _info(source, "layerType") == "Const"]
+            names += [name for source in constants for name in _info(source, "originalLayersNames").split(",")]
+            found.append((primitive, _layers(names)))
         elif kind == "Subgraph":
-            # Attention compiled to one kernel, which holds the products around the softmax.
-            names = info["originalLayersNames"].astype(str).split(",")
-            found += [primitive] * sum(name.endswith("/MatMul") for name in names)
+            # Attention as one kernel; its products are integers if all that it is given is.
+            whole = all(_info(source, "outputPrecisions") in ("i8", "u8") for source in sources)
+            products = [name for name in names if name.endswith("/MatMul")]
+            found += [(primitive if whole else f"{primitive} of floats", _layers([name])) for name in products]
     return found
+
+
+def _layers(names: list[str]) -> set[str]:
+    matches = [match for name in names if (match := _NAME.search(name))]
+    return {match[1] or match[2] for match in matches}
+
+
+def _info(operation: Any, key: str) -> str:
+    text: str = operation.get_rt_info()[key].astype(str)
+    return text
+
+
+def _is_integer(primitive: str) -> bool:
+    return primitive.lower().endswith("_i8")
 
 
 def _runner(network: Any) -> Any:

@@ -41,7 +41,7 @@ def deploy(finished: Finished, runtime: str, batch_size: int, threads: int) -> D
     """
     if threads > finished.threads:
         raise Unsupported(f"threads={threads}, but this run may use {finished.threads} cores")
-    engine = registry.resolve("runtime", runtime)()
+    engine = registry.resolve("runtime", *registry.parse(runtime))()
     (example,) = finished.data.calibration.first(batch_size, batch_size)
     networks: dict[str, Compiled] = {}
     scored = finished.quantized

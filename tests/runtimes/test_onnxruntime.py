@@ -15,6 +15,7 @@ from qbench.quant.activations import StaticQuantizer, quantize_input
 from qbench.quant.encodings import Affine
 from qbench.quant.layers import encode, named_weight_layers, output_axis, weight_of
 from qbench.runtimes.base import Compiled
+from qbench.runtimes.onnxruntime import layer_of
 
 pytest.importorskip("onnxruntime", reason="an optional extra: pip install 'qbench[onnx]'")
 
@@ -54,8 +55,25 @@ def test_convolutions_run_on_integers_where_a_quantizer_follows() -> None:
     compiled = _compile(model, x)
     assert len(compiled.claimed_layers) == 2
     assert (compiled.integer_layers, compiled.compute_layers) == (1, 2)
+    assert compiled.float_layers.keys() == {"2"}
+    assert "as Conv: no quantizer follows it" in compiled.float_layers["2"]
     (found,), wanted = compiled.run(x.numpy()), model(x).numpy()
     assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("node", "layer"),
+    [
+        ("/network/layer2/layer2.0/downsample/downsample.0/Conv_token_3", "layer2.0.downsample.0"),
+        ("/network/blocks/blocks.0/attn/matmul0/MatMul/MatMulScaleFusion/", "blocks.0.attn.matmul0"),
+        ("/network/fc/MatMul", "fc"),
+        ("/network/fc_1/MatMul", None),
+        ("/network/layer2/layer2.0/Add", None),
+    ],
+)
+def test_nodes_tell_their_layers(node: str, layer: str | None) -> None:
+    assert layer_of(node, ("layer2.0.downsample.0", "blocks.0.attn.matmul0", "fc")) == layer
+    assert layer_of("/network/Conv", ("",)) == ""
 
 
 def test_simulations_are_refused() -> None:

@@ -251,6 +251,15 @@ def test_kernels_that_are_not_integer_are_refused() -> None:
         _compile(_inputs(_weights(nn.Sequential(nn.ConvTranspose2d(3, 8, 2, stride=2))), x), x)
 
 
+def test_a_layer_without_an_integer_kernel_is_named() -> None:
+    x = torch.randn(1, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 2, stride=2))
+    compiled = _compile(_inputs(_weights(model, 7), x), x)
+    assert (compiled.integer_layers, compiled.compute_layers, compiled.claimed_layers) == (1, 2, ("0", "1"))
+    assert compiled.float_layers.keys() == {"1"}
+    assert "OpenVINO has no integer kernel for it here: it takes" in compiled.float_layers["1"]
+
+
 def test_one_simulated_layer_is_enough_to_refuse(x: Tensor) -> None:
     model = _inputs(_weights(_two()), x)
     encode(model.a, Codebook.nearest(weight_of(model.a), torch.linspace(-1, 1, 7)))
