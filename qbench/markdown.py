@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,15 @@ def publish(boards: list[Table], folder: Path, *, title: str, description: str =
 
 def render(boards: list[Table], *, title: str, description: str = "") -> str:
     """The whole page."""
-    parts = [f"# {title}", description, *(section(board) for board in boards), _origin(boards), _LEGEND]
+    results = [r for board in boards for row in board.rows for r in row.results]
+    machines = sorted({_machine(r) for r in results if r.status == "ok"})
+    sections = [section(board, machines) for board in boards]
+    parts = [f"# {title}", description, *sections, _origin(results, machines), _LEGEND]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def section(board: Table) -> str:
-    """The table of one model, its notes, and where the numbers come from."""
+def section(board: Table, machines: Sequence[str] = ()) -> str:
+    """The table of one model, its notes, and where the numbers come from: on which of several machines, too."""
     rows = board.rows
     shown = [c for c in COLUMNS if any(c[2](row.cells) is not None for row in rows)]
     extra = sorted({key for row in rows for key in row.cells if key.endswith(")")})
@@ -86,6 +89,9 @@ def section(board: Table) -> str:
     lines = [_line(row, board, shown, extra, notes) for row in rows]
     headers = ["#", "recipe", "W / A bits", _SCORE[board.task], "Δ to float [95 %]"]
     headers += [title for title, _, _ in shown] + extra + ["status"]
+    if len(machines) > 1:
+        headers.append("machine")
+        lines = [[*line, _numbers(row, machines)] for line, row in zip(lines, rows, strict=True)]
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     absent = _absent(rows, {metric for _, metric, _ in shown})
     below = [f"<sup>{number}</sup> {text}" for text, number in notes.items()] + absent + _alarms(rows)
@@ -171,11 +177,17 @@ def _provenance(board: Table) -> str:
     )
 
 
-def _origin(boards: list[Table]) -> str:
+def _numbers(row: Row, machines: Sequence[str]) -> str:
+    """By which the list below the tables calls the machines of a row."""
+    used = {_machine(r) for r in row.results if r.status == "ok"}
+    return ", ".join(str(number) for number, machine in enumerate(machines, 1) if machine in used)
+
+
+def _origin(results: list[Result], machines: Sequence[str]) -> str:
     """Machines, software and days of all results."""
-    results = [r for board in boards for row in board.rows for r in row.results]
     made = sorted(r.started[:10] for r in results)
-    lines = sorted({f"machine: {_machine(r)}" for r in results if r.status == "ok"})
+    several = len(machines) > 1
+    lines = [f"machine{f' {number}' if several else ''}: {name}" for number, name in enumerate(machines, 1)]
     lines += sorted({f"software: {_versions(r)}" for r in results if r.status == "ok"})
     days = f"measured {made[0]}" + (f" to {made[-1]}" if made[-1] != made[0] else "") if made else "nothing measured"
     return "  \n".join([*lines, days])
@@ -228,4 +240,5 @@ def _record(board: Table, row: Row) -> dict[str, Any]:
         elif value is not None:
             record[name] = value
     record |= {f"{name}_note": reason for name, reason in row.notes.items()}
-    return record | {"key": row.key, "weights": row.results[0].identity["model"][2]}
+    machines = sorted({_machine(r) for r in row.results if r.status == "ok"})
+    return record | {"machine": "; ".join(machines), "key": row.key, "weights": row.results[0].identity["model"][2]}

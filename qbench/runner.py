@@ -168,6 +168,7 @@ class Runner:
             "plugins": list(self.plan.plugins),
             "results": str(self.store.folder),
             "cache": str(self.cache),
+            "jobs": jobs,
             "threads": max(1, cores() // jobs),
             "memory": self.memory,
         }

@@ -42,7 +42,7 @@ Emit = Callable[..., None]
 def work(job: dict[str, Any], emit: Emit) -> None:
     """Do one job of the runner: the whole run, or further metrics of a finished one. Writes the result."""
     torch.set_num_threads(job["threads"])
-    limit_memory(job["memory"])
+    limit_memory(job["memory"], 1 / job["jobs"])
     for path in job["plugins"]:
         registry.load_file(path)
     registry.load_entry_points()

@@ -159,3 +159,16 @@ def test_other_calibration_images_weights_or_data_are_another_table() -> None:
         [380, 381, 382, 383, 390, 391, 392, 393]
     )
     assert "calibration: 512 images, seed 0, manifest `m1`" in render(judged, title="t")
+
+
+def test_rows_of_several_machines_name_theirs() -> None:
+    here, there = result("fp32", 390), result("rtn", 380)
+    here[0].provenance, there[0].provenance = {"cpu": "small", "cores": 2}, {"cpu": "large", "gpu": "fast"}
+    page = render([judge(here, there)], title="t")
+    assert "machine 1: large, fast  \nmachine 2: small, 2 cores" in page
+    rows = {line.split("|")[2].strip(): line.split("|")[-2].strip() for line in page.splitlines() if "| ok" in line}
+    assert rows == {"fp32 (reference)": "2", "rtn": "1"}
+    there[0].provenance = here[0].provenance
+    page = render([judge(here, there)], title="t")
+    assert "machine: small, 2 cores" in page
+    assert "| machine" not in page

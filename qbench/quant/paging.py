@@ -43,18 +43,20 @@ class _Page:
 
 
 _limit = math.inf
+_gpu_share = 1.0
 
 
-def limit_memory(limit: float) -> None:
-    """Tell that this process is killed when it holds more bytes than that."""
-    global _limit
-    _limit = limit
+def limit_memory(limit: float, gpu_share: float = 1.0) -> None:
+    """Tell that this process is killed when it holds more bytes than that, and may take this share of a GPU's."""
+    global _limit, _gpu_share
+    _limit, _gpu_share = limit, gpu_share
 
 
 def available(device: torch.device) -> int:
     """Bytes of memory that are free on the device, and that this process may still take."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(min(free, _gpu_share * total - torch.cuda.memory_allocated(device))))
     held = psutil.Process().memory_info().rss
     return max(0, int(min(psutil.virtual_memory().available, _limit - held)))
 
