@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_map import Found, _random
 
 from qbench.datasets.base import Boxes
 from qbench.metrics.voc import class_aps
-from tests.metrics.test_map import Found, _random
 
 
 def plain(targets: list[Boxes], found: Found, label: int, eleven: bool) -> float | None:
