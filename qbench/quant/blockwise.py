@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from qbench.data import Data
+from qbench.data import Batches, Data
 from qbench.errors import Unsupported
-from qbench.quant.activations import input_quantizer, input_quantizers, quantize_input
+from qbench.quant.activations import StaticQuantizer, input_quantizer, input_quantizers, quantize_input
 from qbench.quant.block_unit import Settings, Unit
 from qbench.quant.blocks import blocks
 from qbench.quant.encodings import Affine
+from qbench.quant.input_histograms import input_histograms
 from qbench.quant.layers import encodings, full_name, select_layers
 from qbench.quant.learned_affine import LearnedAffine
 from qbench.quant.reconstruction import reconstruct
@@ -60,8 +61,18 @@ def reconstruct_blocks(model: nn.Module, data: Data, settings: Settings) -> nn.M
         for name, quantizer in given.items():
             if isinstance(input_quantizer(model.get_submodule(name)), nn.Identity):
                 quantize_input(model.get_submodule(name), quantizer)
+    _quantize_rest(model, data, batches, inputs)
     data.record("reconstruction_error", errors)
     return model
+
+
+def _quantize_rest(model: nn.Module, data: Data, batches: Batches, widths: Mapping[str, int]) -> None:
+    """Quantize the inputs that no unit has: of layers that have the weight of one in a unit."""
+    layers = {name: model.get_submodule(name) for name in widths}
+    rest = {name: layer for name, layer in layers.items() if input_quantizer(layer) is None}
+    for name, histogram in (input_histograms(model, rest, data, batches) if rest else {}).items():
+        scale, zero = histogram.grid(bits=widths[name], calibration="mse")
+        quantize_input(rest[name], StaticQuantizer(widths[name], False, scale, zero).to(data.device))
 
 
 def _units(model: nn.Module, chosen: set[str], example: Tensor) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qbench.models.base import first_device
 from qbench.quant.activations import StaticQuantizer, input_quantizers, quantize_input
 from qbench.quant.encodings import Affine, Encoding, to_rows
 from qbench.quant.hooks import hooked
@@ -194,14 +195,18 @@ def keep_positive(model: nn.Module) -> None:
 
 def deploy(model: nn.Module) -> None:
     """Put what was learned in place of the quantizers: encodings, and fixed input quantizers."""
+    found: dict[int, Encoding] = {}
     for layer in named_weight_layers(model).values():
         quantizer = weight_quantizer(layer)
         if quantizer is not None and hasattr(quantizer, "encoding"):
-            weight = cast(Tensor, layer.weight).detach()
-            encoding = cast(WeightQuantizer, quantizer).encoding(weight)
+            # A weight that layers share is gone once the first of them is encoded.
+            shared = id(layer.get_parameter("parametrizations.weight.original"))
+            if shared not in found:
+                found[shared] = cast(WeightQuantizer, quantizer).encoding(cast(Tensor, layer.weight).detach())
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            encode(layer, encoding)
+            encode(layer, found[shared])
     for name, learned in input_quantizers(model).items():
         if hasattr(learned, "deployed"):
-            layer = model.get_submodule(name)
-            quantize_input(layer, cast(InputQuantizer, learned).deployed().to(cast(Tensor, layer.weight).device))
+            quantize_input(
+                model.get_submodule(name), cast(InputQuantizer, learned).deployed().to(first_device(learned))
+            )

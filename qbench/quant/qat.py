@@ -69,8 +69,14 @@ def train_quantized(
     calls = reached(model.eval(), images)
     for layer in named_weight_layers(model).values():
         clear_encodings(layer)
-    for _, layer, width in chosen:
-        quantize_weight(layer, weight(weight_of(layer), width, output_axis(layer)).to(images.device))
+    made = {
+        id(layer.weight): weight(weight_of(layer), width, output_axis(layer)).to(images.device)
+        for _, layer, width in chosen
+    }
+    for layer in named_weight_layers(model).values():
+        # All layers that share a weight see what is learned of it.
+        if (quantizer := made.get(id(layer._parameters.get("weight")))) is not None:
+            quantize_weight(layer, quantizer)
     for layer_name, layer, width in fed:
         if layer_name in calls:
             quantize_input(layer, inputs(width).to(images.device))
@@ -98,8 +104,9 @@ def quantizer_groups(schedule: Schedule) -> Groups:
     """
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        learned = [parameter for quantizer in quantizers(model).values() for parameter in quantizer.parameters()]
-        known = {id(parameter) for parameter in learned}
+        found = [parameter for quantizer in quantizers(model).values() for parameter in quantizer.parameters()]
+        known = {id(parameter): parameter for parameter in found}
+        learned = list(known.values())
         others = decay_groups((p for p in model.parameters() if id(p) not in known), schedule.weight_decay)
         if schedule.optimizer == "sgd":
             return [*others, {"params": learned, "weight_decay": 0.0}]
