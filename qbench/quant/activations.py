@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.binary_quantizer import BinaryMeanQuantizer, BinaryQuantizer
 from qbench.quant.calls import Args, with_first
 from qbench.quant.log_quantizer import LogQuantizer
 from qbench.quant.quantizer import Quantizer
@@ -77,7 +78,15 @@ class DynamicQuantizer(Quantizer):
         return ((x / scale).round() + zero).clamp(0, top).sub(zero) * scale
 
 
-_CLASSES: tuple[type[Quantizer], ...] = (StaticQuantizer, DynamicQuantizer, LogQuantizer, TwinSoftmax, TwinGelu)
+_CLASSES: tuple[type[Quantizer], ...] = (
+    StaticQuantizer,
+    DynamicQuantizer,
+    LogQuantizer,
+    TwinSoftmax,
+    TwinGelu,
+    BinaryQuantizer,
+    BinaryMeanQuantizer,
+)
 _KINDS = {cls.kind: cls for cls in _CLASSES}
 
 
