@@ -16,7 +16,9 @@ REFERENCES = {
         "activations[bits=4,matmuls=true,softmax=log_sqrt2]",
     ],
     "adaquant": ["adaquant[steps=2]"],
+    "bireal": ["bireal[steps=2,batch_size=16]"],
     "brecq": ["brecq[steps=2]"],
+    "bwn": ["bwn[steps=2,batch_size=16]"],
     "cast": ["cast", "cast[dtype=float8_e5m2]"],
     "gptq": ["gptq", "gptq[bits=3,granularity=group,group_size=20,symmetric=false,act_order=true]"],
     "kmeans": ["kmeans", "kmeans[bits=2,granularity=channel]"],
@@ -29,7 +31,9 @@ REFERENCES = {
     "obq": ["obq[skip=[layer2,layer3,layer4,blocks.3,blocks.4,blocks.5]]"],
     "product": ["product[bits=4,iterations=5]"],
     "ptq4vit": ["ptq4vit[candidates=5,images=8]", "ptq4vit[granularity=channel,metric=mse,candidates=3,images=8]"],
+    "reactnet": ["reactnet[steps=2,batch_size=16]"],
     "rtn": ["rtn", "rtn[bits=3,granularity=group,group_size=16,symmetric=false,calibration=mse]"],
+    "xnor": ["xnor[steps=2,batch_size=16]", "xnor[steps=2,batch_size=16,scale_map=false,edge_bits=null]"],
 }
 CASES = [case for name in sorted(registry._builtin("method")) for case in REFERENCES.get(name, [name])]
 

@@ -1,9 +1,14 @@
-"""The first argument of a layer's call, which may be given by place or by name."""
+"""What modules are called with; the first argument may be given by place or by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.hooks import hooked
 
 Args = tuple[Any, ...]
 
@@ -19,3 +24,15 @@ def with_first(args: Args, kwargs: Mapping[str, Any], change: Callable[[Any], An
         return (change(args[0]), *args[1:]), dict(kwargs)
     name = next(iter(kwargs))
     return args, {**kwargs, name: change(kwargs[name])}
+
+
+def watch_calls(
+    model: nn.Module, x: Tensor, modules: Mapping[str, nn.Module], see: Callable[[str, Args, dict[str, Any]], None]
+) -> None:
+    """Run the model on x, and tell `see` of each call of `modules`: name and arguments."""
+    handles = (
+        module.register_forward_pre_hook(lambda _, args, kwargs, name=name: see(name, args, kwargs), with_kwargs=True)
+        for name, module in modules.items()
+    )
+    with hooked(handles), torch.no_grad():
+        model(x)

@@ -43,13 +43,13 @@ def distil(objective: Objective, teacher: nn.Module | None, share: float) -> Obj
     return mixed
 
 
-def divergence(logits: Any, soft: Any) -> Tensor:
-    """Kullback-Leibler divergence of the class probabilities (B, classes) at temperature 4, times its square.
+def divergence(logits: Any, soft: Any, temperature: float = _TEMPERATURE) -> Tensor:
+    """Kullback-Leibler divergence of the class probabilities (B, classes) at that temperature, times its square.
 
     Raises:
         Unsupported: these are no logits.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise Unsupported("distillation needs a classifier, whose output is (B, classes)")
-    own, wanted = (F.log_softmax(z.float() / _TEMPERATURE, dim=1) for z in (logits, soft))
-    return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * _TEMPERATURE**2
+    own, wanted = (F.log_softmax(z.float() / temperature, dim=1) for z in (logits, soft))
+    return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def train_quantized(
     activation_bits: int | None,
     edge_bits: int | None = None,
     skip: tuple[str, ...] = (),
+    layer_bits: Mapping[str, int] | None = None,
     objective: Objective | None = None,
     groups: Groups | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -56,6 +57,7 @@ def train_quantized(
         activation_bits: of the inputs of the same layers; None leaves them in float.
         edge_bits: of the first and the last layer, weights and inputs alike; None means like all others, 32 float.
         skip: names, or first parts of names, of layers left in float.
+        layer_bits: of single layers, weights and inputs alike.
         objective: what is minimised; None is the task's loss.
         groups: parameter groups; None is `quantizer_groups`.
         on_step: called after every step.
@@ -64,8 +66,12 @@ def train_quantized(
         Unsupported: distillation is asked for, and there is no float network or its outputs are not logits.
     """
     images = next(iter(data.calibration))
-    chosen = list(select_layers(model, bits, edge_bits, skip))
-    fed = list(select_layers(model, activation_bits, edge_bits, skip, for_inputs=True)) if activation_bits else []
+    chosen = list(select_layers(model, bits, edge_bits, skip, layer_bits))
+    fed = (
+        list(select_layers(model, activation_bits, edge_bits, skip, layer_bits, for_inputs=True))
+        if activation_bits
+        else []
+    )
     calls = reached(model.eval(), images)
     for layer in named_weight_layers(model).values():
         clear_encodings(layer)

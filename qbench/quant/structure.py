@@ -18,9 +18,13 @@ _RECORD = "qbench_structure"
 _BUILT_IN = {
     "add_bias": "qbench.quant.biases",
     "channel_clip": "qbench.quant.channel_clip",
+    "drop_rectifier": "qbench.quant.rectifiers",
     "expose_matmuls": "qbench.quant.matmuls",
     "fold_bn": "qbench.quant.folding",
     "reparameterize": "qbench.quant.merging",
+    "rprelu": "qbench.quant.rectifiers",
+    "scale_map": "qbench.quant.scale_map",
+    "shortcuts": "qbench.quant.shortcuts",
     "split_channels": "qbench.quant.splitting",
 }
 
