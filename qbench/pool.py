@@ -18,6 +18,8 @@ from typing import Any, Literal
 import psutil
 
 _TICK = 0.1  # seconds between looks at memory and clocks
+_SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""A process with threads cannot be forked safely: numpy's and pyarrow's are made on import, torch's at first use."""
 
 
 @dataclass
@@ -133,8 +135,7 @@ class Pool:
                 _kill(process.pid)
 
     def _start(self) -> None:
-        # The pool of OpenMP threads is made at first use, so that importing torch here does not break forking.
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment = os.environ | _SINGLE_THREADED | {"PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", "qbench.server"]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._buffer = b""

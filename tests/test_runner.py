@@ -12,6 +12,7 @@ from textwrap import dedent
 import psutil
 import pytest
 
+from qbench.pool import Pool
 from qbench.run import Result
 from qbench.store import Store
 
@@ -61,6 +62,15 @@ def wait_until(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+
+
+def test_the_server_that_forks_has_one_thread() -> None:
+    with Pool() as pool:
+        pool._start()
+        assert pool._server is not None
+        assert pool._server.stdout is not None
+        assert json.loads(pool._server.stdout.readline())["event"] == "ready"
+        assert psutil.Process(pool._server.pid).num_threads() == 1
 
 
 def test_misbehaving_plugins_become_labelled_rows(tmp_path: Path) -> None:
