@@ -32,6 +32,11 @@ class Preprocess:
     def channels(self) -> int:
         return len(self.mean)
 
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """What the network is called with, float32, for pixels (..., C, H, W) from 0 to 255."""
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
 
 class Weights(Protocol):
     """Where the float weights come from."""

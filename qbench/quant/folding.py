@@ -30,7 +30,7 @@ def _fold(model: nn.Module, *, layer: str, norm: str) -> None:
     target, gone = model.get_submodule(layer), model.get_submodule(norm)
     if encodings(target):
         raise UserError(f"{layer} is quantized already, so its batch norm cannot be folded; put fold_bn first")
-    scale, shift = _affine(gone)
+    scale, shift = scale_and_shift(gone)
     with torch.no_grad():
         weight = target.weight
         assert isinstance(weight, Tensor)
@@ -40,7 +40,7 @@ def _fold(model: nn.Module, *, layer: str, norm: str) -> None:
     structure.replace_module(model, norm, _remainder(gone).train(gone.training))
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift (N,) in float64."""
     mean, var = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)

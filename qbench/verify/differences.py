@@ -13,36 +13,7 @@ import torch
 from torch import Tensor
 
 from qbench.verify.fixed_point import PIXELS, FixedPoint, Layer
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Every number from low to high, element by element."""
-
-    low: Tensor
-    high: Tensor
-
-    def times(self, weight: Tensor) -> Interval:
-        """`weight @ x` for all x in the interval."""
-        up, down = weight.clamp(min=0), weight.clamp(max=0)
-        return Interval(up @ self.low + down @ self.high, up @ self.high + down @ self.low)
-
-    def plus(self, other: Interval | Tensor) -> Interval:
-        """Sums of a number from each."""
-        low, high = (other.low, other.high) if isinstance(other, Interval) else (other, other)
-        return Interval(self.low + low, self.high + high)
-
-    def minus(self, other: Interval) -> Interval:
-        """Differences of a number from each."""
-        return Interval(self.low - other.high, self.high - other.low)
-
-    def clamp(self, low: float, high: float) -> Interval:
-        """What a clamping makes of it."""
-        return Interval(self.low.clamp(low, high), self.high.clamp(low, high))
-
-    def intersect(self, other: Interval) -> Interval:
-        """What is in both."""
-        return Interval(torch.maximum(self.low, other.low), torch.minimum(self.high, other.high))
+from qbench.verify.interval import Interval
 
 
 def activation_difference(floats: Interval, fixed: Interval, difference: Interval, top: float | Tensor) -> Interval:

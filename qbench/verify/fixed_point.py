@@ -35,7 +35,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     if len(modules) % 2 == 0 or not all(isinstance(m, kind) for m, kind in zip(modules, wanted, strict=True)):
         kinds = ", ".join(type(m).__name__ for m in modules)
         raise Unsupported(f"verification is for nn.Sequential of linear layers with ReLU between them, not for {kinds}")
-    return [_layer(module) for module in modules[::2]]
+    return [layer_of(module) for module in modules[::2]]
 
 
 def _in_order(model: nn.Module) -> Iterator[nn.Module]:
@@ -46,7 +46,8 @@ def _in_order(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def _layer(linear: nn.Module) -> Layer:
+def layer_of(linear: nn.Module) -> Layer:
+    """A linear layer in float64."""
     weight, bias = linear.weight, linear.bias
     assert isinstance(weight, Tensor)
     own = bias.detach().double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight), dtype=torch.float64)

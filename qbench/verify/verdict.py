@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from qbench.errors import UserError
-from qbench.verify.differences import Interval, propagate
-from qbench.verify.exact import Exact
+from qbench.verify.differences import propagate
+from qbench.verify.exact import Exact, fixed_point
 from qbench.verify.fixed_point import PIXELS, FixedPoint, Layer, answer
+from qbench.verify.interval import Interval
 
-_STARTS = 8
-"""Ascents for each output and sign."""
-
-
-State = Literal["proved", "falsified", "unknown"]
+State = Literal["proved", "falsified", "open"]
+Difference = Callable[[Tensor], Tensor]
+"""Quantized minus float outputs (points, n) for pixels (points, d), both float64, with gradients."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +72,48 @@ def verify(
     if not bool(((low >= 0) & (low <= high) & (high <= PIXELS) & (low.frac() == 0) & (high.frac() == 0)).all()):
         raise UserError(f"low and high must be whole pixels from 0 to {PIXELS}, low not above high")
     stages = propagate(layers, form, low, high)
-    proved = stages[-1].difference
-    by_intervals = _largest(proved) < epsilon
-    points, differences = search(layers, form, low, high, samples=samples, steps=steps, seed=seed)
-    if seconds > 0 and float(differences.abs().max()) < epsilon <= _largest(proved):
-        program = Exact(layers, form, low, high, stages)
-        proved, solutions = _tightened(program, proved, epsilon, seconds)
+    difference = partial(difference_at, layers, form)
+    program = partial(Exact, fixed_point(layers, form), low, high, stages)
+    points = search(difference, low, high, samples=samples, steps=steps, seed=seed)
+    proved, given = stages[-1].difference, program if seconds > 0 else None
+    return judge(proved, difference, points, epsilon=epsilon, seconds=seconds, program=given)
+
+
+def judge(
+    proved: Interval,
+    difference: Difference,
+    points: Tensor,
+    *,
+    epsilon: float,
+    seconds: float = 0.0,
+    program: Callable[[], Exact] | None = None,
+) -> Verdict:
+    """What intervals, points that were tried, and a program together say.
+
+    Args:
+        proved: the differences (n,) are in here.
+        difference: of the two networks, (points, n) for pixels (points, d).
+        points: that were tried (points, d).
+        epsilon: what no output's difference may reach.
+        seconds: that the program may take where intervals and points do not decide.
+        program: of both networks; None leaves it out.
+    """
+    by_intervals = largest(proved) < epsilon
+    differences = difference(points)
+    if program is not None and float(differences.abs().max()) < epsilon <= largest(proved):
+        proved, solutions = _tightened(program(), proved, epsilon, seconds)
         points = torch.cat([points, *solutions])
-        differences = torch.cat([differences, *(difference_at(layers, form, pixels) for pixels in solutions)])
+        differences = torch.cat([differences, *(difference(pixels) for pixels in solutions)])
     greatest = differences.abs().amax(1)
-    state: State = "proved" if _largest(proved) < epsilon else "unknown"
+    state: State = "proved" if largest(proved) < epsilon else "open"
     if float(greatest.max()) >= epsilon:
         state = "falsified"
     found = Interval(differences.amin(0), differences.amax(0))
     return Verdict(state, by_intervals, proved, found, points[greatest.argmax()])
 
 
-def _largest(differences: Interval) -> float:
+def largest(differences: Interval) -> float:
+    """The largest magnitude in the intervals."""
     return float(torch.maximum(-differences.low, differences.high).max())
 
 
@@ -112,31 +136,39 @@ def difference_at(layers: Sequence[Layer], form: FixedPoint, pixels: Tensor) -> 
 
 
 def search(
-    layers: Sequence[Layer], form: FixedPoint, low: Tensor, high: Tensor, *, samples: int, steps: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Whole pixels in the box (points, d), and the differences of the outputs there (points, n).
+    difference: Difference, low: Tensor, high: Tensor, *, samples: int, steps: int, seed: int, starts: int = 8
+) -> Tensor:
+    """Whole pixels (points, d) in the box: the best that were found, for each output and sign.
 
-    They are random points and the two ends of the box, and what is tried in ascents from the best of them, for each
+    There are random points and the two ends of the box, and what is tried in ascents from the best of them, for each
     output and sign: steps along the gradient straight through the rounding, and steps by chance. The best is kept.
+
+    Args:
+        difference: of the two networks, (points, n) for pixels (points, d), with gradients.
+        low: least value of each pixel (d,).
+        high: greatest value.
+        samples: random points.
+        steps: of the ascents.
+        seed: of the points.
+        starts: ascents for each output and sign.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(samples, len(low), generator=generator, dtype=torch.float64)
     points = torch.cat([low[None], high[None], low + (drawn * (high - low + 1)).floor().minimum(high - low)])
-    difference = partial(difference_at, layers, form)
-
-    seen, differences = [points], [difference(points)]
-    outputs = differences[0].shape[1]
+    with torch.no_grad():
+        first = difference(points)
+    outputs = first.shape[1]
     signs = torch.cat([torch.eye(outputs, dtype=torch.float64), -torch.eye(outputs, dtype=torch.float64)])
-    now = points[(differences[0] @ signs.T).topk(min(_STARTS, len(points)), 0).indices.flatten()]
+    now = points[(first @ signs.T).topk(min(starts, len(points)), 0).indices.flatten()]
     signs = signs.repeat(len(now) // len(signs), 1)
     for step in range(steps):
         start = now.clone().requires_grad_()
-        (slope,) = torch.autograd.grad((difference(start) * signs).sum(), start)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad((difference(start) * signs).sum(), start)
         stride = ((high - low) / 4 * (1 - step / steps)).ceil()
         by_chance = stride * (2 * torch.rand(now.shape, generator=generator, dtype=torch.float64) - 1)
         tried = torch.stack([now, now + stride * slope.sign(), now + by_chance.round()]).minimum(high).maximum(low)
-        found = difference(tried)
+        with torch.no_grad():
+            found = difference(tried.flatten(0, 1)).unflatten(0, tried.shape[:2])
         now = tried[(found * signs).sum(2).argmax(0), torch.arange(len(now))]
-        seen.append(tried[1:].flatten(0, 1))
-        differences.append(found[1:].flatten(0, 1))
-    return torch.cat(seen), torch.cat(differences)
+    return now
