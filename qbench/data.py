@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qbench.datasets.base import Augment
 from qbench.errors import UserError
+from qbench.models.base import Preprocess
 from qbench.sharing import Shared
 
 
@@ -115,6 +116,7 @@ class Data:
         reference: the float network as the recipe's structure steps left it; never changed, in evaluation mode.
         progress: call with a fraction in [0, 1] as often as you like.
         shared: what other runs may have computed for the same network and images.
+        preprocess: how the images were prepared; None where that is not known.
         record: call with a name and JSON-able raw values that belong in the result (a loss curve, errors per layer).
     """
 
@@ -127,12 +129,13 @@ class Data:
         reference: nn.Module | None = None,
         seed: int = 0,
         shared: Shared | None = None,
+        preprocess: Preprocess | None = None,
         progress: Callable[[float], None] = lambda _: None,
         record: Callable[[str, Any], None] = lambda _name, _values: None,
     ) -> None:
         self.calibration, self._train, self.loss, self.seed = calibration, train, loss, seed
         self.progress, self.record = progress, record
-        self.reference = reference
+        self.reference, self.preprocess = reference, preprocess
         self.shared = shared or Shared()
         self.device = calibration.device
 

@@ -66,7 +66,8 @@ class Workspace:
         calibration = Batches(_Counted(images), self.device, fingerprint=images.fingerprint)
         train = self._training() if trains else None
         shared = Shared(self.cache / "statistics", self._origin)
-        return Data(calibration, train, self.model.loss, seed=seed, shared=shared, **fields)
+        fields |= {"shared": shared, "preprocess": self.model.preprocess}
+        return Data(calibration, train, self.model.loss, seed=seed, **fields)
 
     def _training(self) -> Training:
         images = self.images("train")

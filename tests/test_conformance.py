@@ -25,6 +25,7 @@ REFERENCES = {
     "lsq": ["lsq[steps=2,batch_size=16]"],
     "mixed": ["mixed[images=4,candidates=[6,3]]", "mixed[images=4,method=gptq,measure=fisher,solver=greedy,bits=3]"],
     "msq_preprocess": ["msq_preprocess[rows=4,skip=[layer3,layer4,blocks.3,blocks.4,blocks.5]]"],
+    "qa_ibp": ["qa_ibp[steps=2,batch_size=16]"],
     "qdrop": ["qdrop[steps=2,edge_bits=8]"],
     "minifloat": ["minifloat[granularity=group,group_size=20]", "minifloat[format=fp6_e2m3,calibration=mse]"],
     "mx": ["mx[edge_bits=8]", "mx[format=nvfp4]"],
