@@ -203,6 +203,7 @@ class Worker:
 
     def _finished(self) -> Finished:
         space = self._workspace()
+        images = space.images("evaluation")
         fields = {field.name for field in dataclasses.fields(Sizes)}
         return Finished(
             model=space.model,
@@ -211,7 +212,8 @@ class Worker:
             artifact=self.artifact,
             sizes=Sizes(**{key: value for key, value in self.result.artifact.items() if key in fields}),
             float_bytes=self.result.artifact["float_bytes"],
-            dataset=dataclasses.replace(space.dataset, evaluation=space.images("evaluation").split),
+            dataset=dataclasses.replace(space.dataset, evaluation=images.split),
+            images=images,
             outcomes=self.outcomes,
             data=space.data(seed=self.run.seed, trains=False),
             cost=self.result.records.get("cost", {}),

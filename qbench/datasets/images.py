@@ -63,16 +63,22 @@ class ImageArray:
 
     def batch(self, positions: Sequence[int]) -> Tensor:
         """Normalised float32 (B, C, H, W), channels last in memory; the values are exactly torchvision's."""
-        if isinstance(positions, range) and positions.step == 1:
-            chosen = self._pixels[positions.start : positions.stop]
-        else:
-            chosen = self._pixels[np.asarray(positions, dtype=np.int64)]
+        chosen = self._chosen(positions)
         # On one thread: small batches wait longer for a second one than it saves.
         values = chosen.reshape(-1, len(self._mean)).astype(np.float32)
         values /= 255
         values -= self._mean
         values /= self._std
         return torch.from_numpy(values.reshape(chosen.shape)).permute(0, 3, 1, 2)
+
+    def pixels(self, positions: Sequence[int]) -> Tensor:
+        """The same before they are normalised: uint8 (B, C, H, W)."""
+        return torch.from_numpy(self._chosen(positions).copy()).permute(0, 3, 1, 2)
+
+    def _chosen(self, positions: Sequence[int]) -> np.ndarray:
+        if isinstance(positions, range) and positions.step == 1:
+            return self._pixels[positions.start : positions.stop]
+        return self._pixels[np.asarray(positions, dtype=np.int64)]
 
 
 def open_images(split: Split, preprocess: Preprocess, fingerprint: str, cache: Path, name: str) -> ImageArray:

@@ -12,6 +12,7 @@ from torch import nn
 
 from qbench.data import Data
 from qbench.datasets.base import Dataset
+from qbench.datasets.images import ImageArray
 from qbench.models.base import Model
 from qbench.quant.packing import Sizes
 
@@ -31,6 +32,8 @@ class Finished:
     float_bytes: int
     """Size of the float model's own artifact on disk."""
     dataset: Dataset
+    images: ImageArray
+    """The evaluation images."""
     outcomes: Mapping[str, np.ndarray]
     """Per evaluation image, as `qbench.score` leaves them."""
     data: Data

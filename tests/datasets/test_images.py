@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qbench import cache as disk
@@ -40,6 +41,14 @@ def test_images_are_decoded_once(tmp_path: Path) -> None:
     assert again.batch(range(2, 5)).shape == (3, 3, 16, 16)
     assert first[0, 0, 0, 0] == pytest.approx((3 / 255 - 0.5) / 0.5)
     assert again.sizes.tolist() == [[20, 24]] * 12
+    assert again.pixels([3, 1])[:, :, 0, 0].tolist() == [[3, 6, 9], [1, 2, 3]]
+
+
+def test_pixels_become_what_the_network_is_called_with(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    own = Preprocess((16, 16), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    images = open_images(Split(["a"], lambda _: noise, [0]), own, "f", tmp_path, "evaluation")
+    assert torch.equal(own.normalize(images.pixels([0])), images.batch([0]))
 
 
 def test_entries_differ_by_transform_fingerprint_and_images(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qbench.data import Batches, Data
 from qbench.datasets.base import Dataset, Split
+from qbench.datasets.images import open_images
 from qbench.metrics.base import Finished
 from qbench.models.base import Model, Preprocess, cross_entropy
 from qbench.quant.activations import StaticQuantizer, quantize_input
@@ -59,6 +60,7 @@ def finished(tmp_path: Path, *, weights: bool = True, inputs: bool = True) -> Fi
         artifact=tmp_path / "none.safetensors",
         sizes=Sizes(0.0, 0, 0, 0),
         float_bytes=0,
+        images=open_images(empty, model.preprocess, "none", tmp_path, "evaluation"),
         dataset=Dataset("classification", ["a"] * 5, empty, empty, empty, "none"),
         outcomes={},
         data=Data(Batches(_Images(), torch.device("cpu")), None, cross_entropy),
