@@ -20,8 +20,13 @@ REFERENCES = {
     "brecq": ["brecq[steps=2]"],
     "bwn": ["bwn[steps=2,batch_size=16]"],
     "cast": ["cast", "cast[dtype=float8_e5m2]"],
+    "deep_compression": ["deep_compression[steps=2,batch_size=16]"],
     "gptq": ["gptq", "gptq[bits=3,granularity=group,group_size=20,symmetric=false,act_order=true]"],
     "kmeans": ["kmeans", "kmeans[bits=2,granularity=channel]"],
+    "kmeans_finetune": [
+        "kmeans_finetune[steps=2,batch_size=16]",
+        "kmeans_finetune[steps=2,batch_size=16,granularity=channel,assignments=redone,activation_bits=4]",
+    ],
     "lsq": ["lsq[steps=2,batch_size=16]"],
     "mixed": ["mixed[images=4,candidates=[6,3]]", "mixed[images=4,method=gptq,measure=fisher,solver=greedy,bits=3]"],
     "msq_preprocess": ["msq_preprocess[rows=4,skip=[layer3,layer4,blocks.3,blocks.4,blocks.5]]"],
@@ -34,6 +39,7 @@ REFERENCES = {
     "ptq4vit": ["ptq4vit[candidates=5,images=8]", "ptq4vit[granularity=channel,metric=mse,candidates=3,images=8]"],
     "reactnet": ["reactnet[steps=2,batch_size=16]"],
     "rtn": ["rtn", "rtn[bits=3,granularity=group,group_size=16,symmetric=false,calibration=mse]"],
+    "ternary": ["ternary[steps=2,batch_size=16]", "ternary[steps=2,batch_size=16,kind=ttq,activation_bits=4]"],
     "xnor": ["xnor[steps=2,batch_size=16]", "xnor[steps=2,batch_size=16,scale_map=false,edge_bits=null]"],
 }
 CASES = [case for name in sorted(registry._builtin("method")) for case in REFERENCES.get(name, [name])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -96,6 +97,6 @@ class Model:
 
 
 def first_device(module: nn.Module) -> torch.device:
-    """The device of the module's first parameter; the CPU if it has none."""
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    """The device of the module's first parameter, or else buffer; the CPU if it has neither."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device

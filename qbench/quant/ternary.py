@@ -6,33 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from qbench.quant.encodings import Affine, Codebook
-from qbench.quant.fakequant import Granularity
 from qbench.quant.straight_through import straight_through
 
 
 class TernaryWeight(nn.Module):
     """TWN (arXiv:1605.04711): -a, 0 or a; 0 up to 0.7 times the mean magnitude, and a is the mean of those above it."""
 
-    def __init__(self, granularity: Granularity, axis: int = 0) -> None:
-        """
-        Args:
-            granularity: what shares threshold and level.
-            axis: of the output channels.
-        """
-        super().__init__()
-        self.granularity, self.axis = granularity, axis
-
     def forward(self, weight: Tensor) -> Tensor:
         free = weight.detach()
-        axes = [axis for axis in range(weight.dim()) if self.granularity == "tensor" or axis != self.axis]
-        above = free.abs() > 0.7 * free.abs().mean(axes, keepdim=True)
-        scale = (free.abs() * above).sum(axes, keepdim=True) / above.sum(axes, keepdim=True).clamp(min=1)
+        above = free.abs() > 0.7 * free.abs().mean()
+        scale = (free.abs() * above).sum() / above.sum().clamp(min=1)
         return straight_through(weight, free.sign() * above * scale)
 
     def encoding(self, quantized: Tensor) -> Affine:
-        rows = quantized.movedim(self.axis, 0).flatten(1)
-        scale = rows.abs().amax(1) if self.granularity == "channel" else rows.abs().amax()
-        return Affine.nearest(quantized, scale, low=-1, high=1, axis=self.axis)
+        return Affine.nearest(quantized, quantized.abs().amax(), low=-1, high=1)
 
 
 class TrainedTernaryWeight(nn.Module):

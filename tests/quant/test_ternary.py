@@ -1,11 +1,10 @@
 """Weights of three levels."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qbench.quant.audit import audit
 from qbench.quant.fakequant import deploy, quantize_weight
@@ -15,17 +14,16 @@ WEIGHT = torch.tensor([[1.0, -3.0, 0.2, 0.6], [-0.1, 0.1, 0.1, 0.5]])
 
 
 def test_twn_known_answer() -> None:
-    # Mean magnitudes: 5.6 / 8 = 0.7, and 1.2 and 0.2 by channel.
-    tensor, channel = (TernaryWeight(granularity)(WEIGHT) for granularity in ("tensor", "channel"))
+    # Mean magnitude: 5.6 / 8, times 0.7.
     up = (1 + 3 + 0.6 + 0.5) / 4
-    torch.testing.assert_close(tensor, torch.tensor([[up, -up, 0, up], [0, 0, 0, up]]))
-    torch.testing.assert_close(channel, torch.tensor([[2.0, -2.0, 0, 0], [0, 0, 0, 0.5]]))
+    torch.testing.assert_close(TernaryWeight()(WEIGHT), torch.tensor([[up, -up, 0, up], [0, 0, 0, up]]))
+    assert not TernaryWeight()(torch.zeros(2, 3)).any()
 
 
 def test_twn_passes_the_gradient_on() -> None:
     weight = WEIGHT.clone().requires_grad_()
     g = torch.randn(2, 4)
-    TernaryWeight("tensor")(weight).backward(g)
+    TernaryWeight()(weight).backward(g)
     assert torch.equal(weight.grad, g)
 
 
@@ -42,17 +40,12 @@ def test_ttq_gradients_are_those_of_the_paper() -> None:
     assert quantizer.negative.grad.item() == -2
 
 
-@pytest.mark.parametrize("kind", ["tensor", "channel", "ttq"])
+@pytest.mark.parametrize("kind", ["twn", "ttq"])
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Linear(7, 5), nn.ConvTranspose2d(4, 6, 3)])
-def test_a_deployed_weight_is_what_the_training_saw(kind: Any, layer: nn.Module) -> None:
+def test_a_deployed_weight_is_what_the_training_saw(kind: str, layer: nn.Module) -> None:
     layer = copy.deepcopy(layer)
-    weight, axis = layer.weight, 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-    assert isinstance(weight, Tensor)
-    with torch.no_grad():
-        weight.select(axis, 0).zero_()
-    quantize_weight(layer, TrainedTernaryWeight(weight, 0.05) if kind == "ttq" else TernaryWeight(kind, axis))
+    quantize_weight(layer, TernaryWeight() if kind == "twn" else TrainedTernaryWeight(layer.weight, 0.05))
     seen = layer.weight.detach().clone()
     deploy(layer)
     assert torch.equal(layer.weight, seen)
     assert audit(layer) == {"weight": {"levels": 3, "used": 3}}
-    assert not layer.weight.select(axis, 0).any()
