@@ -17,6 +17,7 @@ REFERENCES = {
     ],
     "adaquant": ["adaquant[steps=2]"],
     "bireal": ["bireal[steps=2,batch_size=16]"],
+    "bitat": ["bitat[steps=2,batch_size=16]", "bitat[steps=2,batch_size=16,activation_bits=1,share=0]"],
     "brecq": ["brecq[steps=2]"],
     "bwn": ["bwn[steps=2,batch_size=16]"],
     "cast": ["cast", "cast[dtype=float8_e5m2]"],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qbench.quant import coding
-from qbench.quant.rows import as_grid, code_range, expand_groups, from_rows, to_rows
+from qbench.quant.rows import as_grid, code_range, expand_groups, from_rows, rotate, to_rows
 from qbench.quant.scalar import Affine, Codebook
 
 __all__ = [
@@ -150,12 +150,14 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class Rotated:
-    """`inner @ matrix.T` on the rows: weights that were quantized in another basis."""
+    """`inner @ matrix.T` on the rows: weights that were quantized in another basis, or in a part of one."""
 
     inner: Encoding
     matrix: Tensor
-    """(d, d), float32."""
+    """(d, d), float32. With a `shape` also (d, p), or (B, d / B, p): each makes its share of the d columns of a row."""
     axis: int = 0
+    shape: tuple[int, ...] | None = None
+    """Of the weight, where the inner encoding is that of a matrix (N, p) or (N, B p); None means that of the inner."""
 
     @property
     def nominal_bits(self) -> float:
@@ -163,17 +165,20 @@ class Rotated:
 
     def decode(self) -> Tensor:
         inner = self.inner.decode()
-        return from_rows(to_rows(inner, self.axis) @ self.matrix.T, inner.shape, self.axis)
+        rows = to_rows(inner, self.axis if self.shape is None else 0)
+        return from_rows(rotate(rows, self.matrix), self.shape or inner.shape, self.axis)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"matrix": self.matrix} | {f"inner.{key}": value for key, value in self.inner.tensors().items()}
 
     def meta(self) -> dict[str, Any]:
-        return {"type": "rotated", "inner": self.inner.meta(), "axis": self.axis}
+        own = {} if self.shape is None else {"shape": list(self.shape)}
+        return {"type": "rotated", "inner": self.inner.meta(), "axis": self.axis} | own
 
     @staticmethod
     def restore(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotated:
-        return Rotated(restore(meta["inner"], _under(tensors, "inner")), tensors["matrix"], meta["axis"])
+        shape = tuple(meta["shape"]) if "shape" in meta else None
+        return Rotated(restore(meta["inner"], _under(tensors, "inner")), tensors["matrix"], meta["axis"], shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,3 +38,19 @@ def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
         return 0, 2**bits - 1
     top = 2 ** (bits - 1) - 1
     return (-top, top) if top else (-1, 0)
+
+
+def rotate(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows @ matrix.T` for one matrix (d, p); for several, (B, d / B, p), each makes its share of the d columns.
+
+    Args:
+        rows: (N, p), or (N, B p).
+        matrix: see above.
+
+    Returns:
+        (N, d).
+    """
+    matrices = matrix if matrix.dim() == 3 else matrix[None]
+    # In operations that ONNX knows.
+    parts = rows.reshape(len(rows), len(matrices), -1).transpose(0, 1) @ matrices.transpose(1, 2)
+    return parts.transpose(0, 1).flatten(1)

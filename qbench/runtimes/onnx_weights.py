@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qbench.errors import Unsupported
 from qbench.quant.encodings import Affine, Cast, Codebook, Encoding, Rotated, Scaled, Sum, VectorCodebook, from_rows
-from qbench.quant.rows import to_rows
+from qbench.quant.rows import rotate, to_rows
 from qbench.runtimes.onnx_nodes import DequantizeLinear
 
 FOUR_BITS = "_4bit"
@@ -260,11 +260,12 @@ class _Rotated(nn.Module):
     def __init__(self, encoding: Rotated, narrow: bool) -> None:
         super().__init__()
         self.shape, self.axis = tuple(encoding.decode().shape), encoding.axis
+        self.inner_axis = 0 if encoding.shape else encoding.axis
         self.inner = _stored(encoding.inner, narrow)
-        self.register_buffer("matrix", encoding.matrix.T.contiguous())
+        self.register_buffer("matrix", encoding.matrix)
 
     def forward(self) -> Tensor:
-        return from_rows(to_rows(self.inner(), self.axis) @ self.matrix, self.shape, self.axis)
+        return from_rows(rotate(to_rows(self.inner(), self.inner_axis), self.matrix), self.shape, self.axis)
 
 
 class _Scaled(_Grouped):

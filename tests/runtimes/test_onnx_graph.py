@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qbench import registry
 from qbench.errors import Unsupported
 from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
+from qbench.quant.binary import BinaryWeight, binary_codes
 from qbench.quant.encodings import Affine, Cast, Codebook, Encoding, Rotated, Scaled, Sum, VectorCodebook, to_rows
 from qbench.quant.layers import encode, named_weight_layers, output_axis, weight_of
 from qbench.quant.log_quantizer import LogQuantizer
@@ -80,6 +81,15 @@ def _rotated(weight: Tensor, axis: int) -> Rotated:
     return Rotated(_symmetric(weight, axis, 8), matrix, axis)
 
 
+def _rotated_in_blocks(weight: Tensor, axis: int) -> Rotated:
+    rows = to_rows(weight, axis)
+    size = 5 if rows.shape[1] == 5 else 3
+    blocks = rows.shape[1] // size
+    matrices = torch.randn(blocks, size, 2, generator=torch.Generator().manual_seed(5))
+    inner = torch.randn(len(rows), 2 * blocks, generator=torch.Generator().manual_seed(6))
+    return Rotated(_symmetric(inner, 0, 8), matrices, axis, tuple(weight.shape))
+
+
 def _sum(weight: Tensor, axis: int) -> Sum:
     coarse = _symmetric(weight, axis, 4)
     return Sum((coarse, _symmetric(weight - coarse.decode(), axis, 4)))
@@ -114,6 +124,8 @@ KINDS = {
     "float8 of wide range": (lambda w, a: Cast(w.to(torch.float8_e5m2)), {onnx.TensorProto.FLOAT8E5M2}),
     "a sum": (_sum, {INT4}),
     "rotated": (_rotated, {INT8}),
+    "rotated in blocks": (_rotated_in_blocks, {INT8}),
+    "signs": (lambda w, a: binary_codes(BinaryWeight(a)(w), a), {INT4, UINT4}),
     "scaled by powers of two": (_microscaled, {onnx.TensorProto.FLOAT8E4M3FN, UINT8}),
 }
 
