@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qbench import registry
-from qbench.analysis import heatmap
+from qbench.analysis import drawing, heatmap
 from qbench.analysis.sensitivity import AnyMeasure, Sensitivity, rounded, sensitivity
 from qbench.cache import cache_dir
 from qbench.devices import best_device
@@ -56,8 +56,8 @@ def analyze(
         raise UserError(f"--measure {measure!r}: write one of {', '.join(heatmap.TITLES)}")
     widths = _widths(bits)
     if out is not None:
-        heatmap.check_installed()
-        _make(out)
+        drawing.check_installed("heat maps")
+        drawing.make(out)
     device = best_device()
     space = Workspace(
         registry.resolve("dataset", *registry.parse(dataset)),
@@ -84,13 +84,6 @@ def _widths(text: str) -> list[int]:
     except ValueError:
         raise UserError(f"--bits {text!r}: write bit widths with commas between them: 8,4,3,2") from None
     return widths
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another folder with -o") from error
 
 
 def _show(found: Sensitivity, title: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from qbench.analysis import curves, drawing
 from qbench.board import tables
 from qbench.errors import UserError
 from qbench.markdown import publish
@@ -18,11 +19,17 @@ from qbench.run import Result
 from qbench.store import Store, find
 
 
-def show(key: str, results: Path, *, as_json: bool) -> None:
-    """Print a result."""
+def show(key: str, results: Path, out: Path | None = None, *, as_json: bool) -> None:
+    """Print a result; draw how its training went into the folder `out`.
+
+    Raises:
+        UserError: there is no such result, the folder cannot be made, or nothing was trained.
+    """
     store, full = find(results, key)
     result = store.read(full)
     assert result is not None
+    if out is not None:
+        _draw(result, out)
     if as_json:
         print(result.model_dump_json(indent=1))
         return
@@ -39,9 +46,21 @@ def show(key: str, results: Path, *, as_json: bool) -> None:
         _section(console, title, fields)
     for name, metric in result.metrics.items():
         _section(console, f"metric {name} ({metric.unit})", metric.values or {metric.status: metric.error})
+    if "training" in result.records:
+        console.print(f"loss: {curves.summary(result.records['training']['loss'])}")
     _section(console, "records", result.records)
     if result.traceback:
         console.print(result.traceback, markup=False)
+
+
+def _draw(result: Result, folder: Path) -> None:
+    drawing.check_installed("curves")
+    found = curves.panels(result.records)
+    if not found:
+        raise UserError(f"{result.label} has not trained anything; leave out -o")
+    drawing.make(folder)
+    curves.write(found, result.label, folder)
+    print(f"training.png and training.html are in {folder}", file=sys.stderr)
 
 
 def _section(console: Console, title: str, fields: dict[str, Any]) -> None:

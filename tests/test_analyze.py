@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from qbench.analysis import heatmap
+from qbench.analysis import drawing, heatmap
 from qbench.analysis.sensitivity import Sensitivity
 from qbench.analyze import analyze
 from qbench.errors import UserError
@@ -45,7 +45,7 @@ def test_mistakes_are_named(tmp_path, option, value, message):
 
 
 def test_missing_libraries_are_named_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(heatmap.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"heat maps need matplotlib: pip install 'qbench\[analyze\]'"):
         analyze("digits_resnet", "digits", tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qbench.analysis.sensitivity import Sensitivity
-from qbench.errors import UserError
 
 TITLES = {
     "kl": "divergence of the predictions, nats",
@@ -21,17 +19,6 @@ TITLES = {
 """What the values of each measure are."""
 _LOG = ("kl", "hawq", "fisher")
 _COLOURS = "viridis"
-
-
-def check_installed() -> None:
-    """Before anything is measured.
-
-    Raises:
-        UserError: matplotlib or plotly is missing.
-    """
-    for name in ("matplotlib", "plotly"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"heat maps need {name}: pip install 'qbench[analyze]', or leave out -o")
 
 
 def write(found: Sensitivity, title: str, folder: Path) -> None:
