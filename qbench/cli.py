@@ -74,13 +74,14 @@ def status(
 @app.command()
 def show(
     key: Annotated[str, typer.Argument(help="Key of a result, or the beginning of it.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for curves of its training.")] = None,
     results: Results = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Show all that one run left."""
+    """Show all that one run left, and draw how its training went."""
     from qbench import reports
 
-    reports.show(key, results, as_json=as_json)
+    reports.show(key, results, out, as_json=as_json)
 
 
 @app.command()
@@ -140,11 +141,24 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(min=0)] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other option of training: key=value.")
+    ] = None,
 ) -> None:
-    """Train a float checkpoint."""
+    """Train a float checkpoint; the same command goes on with a training that was stopped."""
     from qbench import commands
 
-    commands.train(model, dataset, out, plugins=plugin or [], epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    commands.train(
+        model,
+        dataset,
+        out,
+        plugins=plugin or [],
+        settings=settings or [],
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+    )
 
 
 @app.command()

@@ -162,9 +162,12 @@ def check(name: str, plugins: list[str], *, as_json: bool) -> int:
     return 0 if all(c.ok for c in checks) else 1
 
 
-def train(model: str, dataset: str, out: Path, *, plugins: list[str], seed: int, **options: Any) -> None:
+def train(
+    model: str, dataset: str, out: Path, *, plugins: list[str], settings: list[str], seed: int, **options: Any
+) -> None:
     """Train a float checkpoint from random weights."""
-    from qbench.quant.schedule import Schedule
+    from pydantic import ValidationError
+
     from qbench.train import FROM_SCRATCH
     from qbench.train import train as train_checkpoint
 
@@ -173,4 +176,11 @@ def train(model: str, dataset: str, out: Path, *, plugins: list[str], seed: int,
         registry.resolve("model", *registry.parse(model)),
         registry.resolve("dataset", *registry.parse(dataset)),
     )
-    train_checkpoint(*references, out, schedule=Schedule(**FROM_SCRATCH.model_dump() | options), seed=seed)
+    _, given = registry.parse(f"train[{','.join(settings)}]", "--set")
+    try:
+        schedule = FROM_SCRATCH.model_validate(FROM_SCRATCH.model_dump() | options | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(type(FROM_SCRATCH).model_fields)
+        raise UserError(f"--set {first['loc'][0]}: {first['msg'].lower()} (options: {known})") from None
+    train_checkpoint(*references, out, schedule=schedule, seed=seed)

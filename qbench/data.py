@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qbench.datasets.base import Augment
 from qbench.errors import UserError
 from qbench.models.base import Preprocess
+from qbench.quant.checkpoints import Checkpoints
 from qbench.sharing import Shared
 
 
@@ -83,21 +84,28 @@ class Training:
         """How many images there are."""
         return len(self.source)
 
-    def epoch(self, number: int, *, batch_size: int, seed: int, augment: bool = True) -> Iterator[tuple[Tensor, Any]]:
+    def epoch(
+        self, number: int, *, batch_size: int, seed: int, augment: bool = True, skipped: int = 0
+    ) -> Iterator[tuple[Tensor, Any]]:
         """One pass in an order set by (seed, number); the last, smaller batch is left out unless it is the only one.
+
+        Each batch has random numbers of its own, whether or not the first ones are `skipped`.
 
         Yields:
             images (B, C, H, W) and targets: class indices (B,), or a list of `Boxes`.
         """
         order = np.random.default_rng([seed, number]).permutation(self.images)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         size = min(batch_size, self.images)
-        for start in range(0, self.images - size + 1, size):
+        for start in range(skipped * size, self.images - size + 1, size):
             chosen = order[start : start + size].tolist()
-            x, y = self.source.batch(chosen), collate([self.targets[i] for i in chosen])
+            x, y = self.source.batch(chosen).to(self.device), collate([self.targets[i] for i in chosen])
             if augment and self.augment is not None:
-                x, y = self.augment(x, y, generator)
-            yield x.to(self.device), y.to(self.device) if isinstance(y, Tensor) else y
+                x, y = self.augment(x, y, _generator(seed, number, start))
+            yield x, y.to(self.device) if isinstance(y, Tensor) else y
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
 
 
 def collate(targets: list[Any]) -> Any:
@@ -117,6 +125,7 @@ class Data:
         progress: call with a fraction in [0, 1] as often as you like.
         shared: what other runs may have computed for the same network and images.
         preprocess: how the images were prepared; None where that is not known.
+        checkpoints: where the state of trainings is kept while they run; None if it is not.
         record: call with a name and JSON-able raw values that belong in the result (a loss curve, errors per layer).
     """
 
@@ -130,6 +139,7 @@ class Data:
         seed: int = 0,
         shared: Shared | None = None,
         preprocess: Preprocess | None = None,
+        checkpoints: Checkpoints | None = None,
         progress: Callable[[float], None] = lambda _: None,
         record: Callable[[str, Any], None] = lambda _name, _values: None,
     ) -> None:
@@ -137,6 +147,7 @@ class Data:
         self.progress, self.record = progress, record
         self.reference, self.preprocess = reference, preprocess
         self.shared = shared or Shared()
+        self.checkpoints = checkpoints
         self.device = calibration.device
 
     @property

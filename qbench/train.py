@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from qbench.devices import best_device
 from qbench.errors import UserError
 from qbench.metrics.map import coco_stats
 from qbench.models.checkpoints import distinct
+from qbench.quant.checkpoints import Checkpoints
 from qbench.quant.schedule import Schedule
 from qbench.quant.training import fit
 from qbench.registry import Reference
+from qbench.run import engine
 from qbench.score import score
 from qbench.workspace import Workspace
 
@@ -38,6 +42,8 @@ def train(
     progress: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train a model and write its weights, float32, to a safetensors file: whole, or not at all.
+
+    The same call after the process was killed goes on from the last checkpoint.
 
     Args:
         model: what to train; its own checkpoint is not looked at.
@@ -65,15 +71,19 @@ def train(
     if space.model.task != space.dataset.task:
         raise UserError(f"model {model} is for {space.model.task}, but dataset {dataset} is for {space.dataset.task}")
     torch.manual_seed(seed)
-    data = space.data(seed=seed, trains=True, progress=progress)
+    how = schedule.model_dump() | {"seed": seed}
+    identity = [str(model), str(dataset), space.dataset.fingerprint, how, engine()]
+    kept = cache_dir() / "checkpoints" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    data = space.data(seed=seed, trains=True, progress=progress, checkpoints=Checkpoints(kept))
     network = fit(space.model.build().to(device), data, schedule)
     report = {
         "model": str(model),
         "dataset": str(dataset),
-        "training": schedule.model_dump() | {"seed": seed},
+        "training": how,
         "evaluation": _evaluate(network, space),
     }
     _write(network, out, report)
+    shutil.rmtree(kept, ignore_errors=True)
     return report
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ from qbench.machine import machine
 from qbench.metrics.ap import match
 from qbench.metrics.base import Finished
 from qbench.quant import activations, packing
+from qbench.quant.checkpoints import Checkpoints
 from qbench.quant.layers import encodings
 from qbench.quant.packing import Origin, Sizes
 from qbench.quant.paging import limit_memory
@@ -66,6 +68,8 @@ class Worker:
         self.threads: int = job["threads"]
         self.artifact = self.cache / "artifacts" / f"{job['id']}.safetensors"
         self.artifact.parent.mkdir(parents=True, exist_ok=True)
+        # Of another engine's training nothing can be taken up.
+        self.checkpoints = self.cache / "checkpoints" / f"{job['id']}-{engine()}"
         self.device = best_device()
         self.result = Result(
             key=job["id"],
@@ -97,6 +101,7 @@ class Worker:
             self.result.traceback = traceback.format_exc()
             traceback.print_exc()
         self.store.write(self.result, self.outcomes if self.result.status == "ok" else None)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _run(self) -> None:
         with self._phase("load"):
@@ -137,21 +142,23 @@ class Worker:
         begin = time.perf_counter()
         reference: nn.Module | None = None
         used, saved = 0, 0.0
-        for step in self.run.recipe:
+        for position, step in enumerate(self.run.recipe):
             track = step.plugin.attributes["track"]
+            checkpoints = Checkpoints(self.checkpoints / str(position))
             if reference is None and track != "structure":
                 reference = frozen(model)
             data = space.data(
                 seed=self.run.seed,
                 trains=track == "qat",
                 reference=reference,
+                checkpoints=checkpoints,
                 progress=lambda done: self.emit(fraction=done),
                 record=self.result.records.__setitem__,
             )
             torch.manual_seed(self.run.seed)
             model = check_module(step, step.plugin(model, data, **step.options))
             used = max(used, images_used(data))
-            saved += data.shared.seconds
+            saved += data.shared.seconds + checkpoints.seconds
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         # What an earlier run has computed is a cost of this one all the same.
         seconds = time.perf_counter() - begin + saved

@@ -133,6 +133,28 @@ def test_killed_parent_loses_only_what_was_in_flight(tmp_path: Path) -> None:
     assert all(after[name].started == before[name].started for name in before)
 
 
+def test_a_killed_training_goes_on_to_the_same_artifact(tmp_path: Path) -> None:
+    suite(tmp_path, "'lsq[steps=60,batch_size=16,ema=0.9]'", time=600)
+    command = [sys.executable, "-m", "qbench", "run", "s.yaml"]
+    killed = {"QBENCH_CACHE": str(tmp_path / "killed"), "QBENCH_CHECKPOINT_SECONDS": "0.1"}
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | killed, stdout=subprocess.DEVNULL) as parent:
+        wait_until(lambda: any(checkpoints.glob("*/0/1.pt")), 100)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        parent.send_signal(signal.SIGKILL)
+    wait_until(lambda: all(gone(child.pid) for child in children))
+    assert set(results(tmp_path)) == {"fp32"}
+    assert qbench(tmp_path, "run", "s.yaml", **killed).returncode == 0
+    again = results(tmp_path)["lsq[steps=60,batch_size=16,ema=0.9]"]
+    (resumed_at,) = again.records["training"]["resumed_at"]
+    assert 0 < resumed_at < 60
+    assert not any(checkpoints.iterdir())
+    whole = {"QBENCH_CACHE": str(tmp_path / "whole")}
+    assert qbench(tmp_path, "run", "s.yaml", "--results", "unbroken", **whole).returncode == 0
+    artifacts = [tmp_path / cache / "artifacts" / f"{again.key}.safetensors" for cache in ("killed", "whole")]
+    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
+
+
 def test_interrupt_stops_cleanly(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     suite(tmp_path, "hangs")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,14 @@ class Ema:
         share = min(self.share, (1 + self.steps) / (10 + self.steps))
         for name, value in _state(model).items():
             self.averages[name].lerp_(value, 1 - share)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "averages": self.averages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for name, value in state["averages"].items():
+            self.averages[name].copy_(value)
 
     def copy_to(self, model: nn.Module) -> None:
         """Give the averages to the network."""

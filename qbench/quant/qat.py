@@ -39,6 +39,7 @@ def train_quantized(
     objective: Objective | None = None,
     groups: Groups | None = None,
     on_step: Callable[[Step], None] | None = None,
+    memory: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Put quantizers on weights and inputs, train, and put what was learned in their place.
 
@@ -61,6 +62,7 @@ def train_quantized(
         objective: what is minimised; None is the task's loss.
         groups: parameter groups; None is `quantizer_groups`.
         on_step: called after every step.
+        memory: what `on_step` remembers, as for `fit`.
 
     Raises:
         Unsupported: distillation is asked for, and there is no float network or its outputs are not logits.
@@ -85,10 +87,13 @@ def train_quantized(
             quantize_weight(layer, quantizer)
     for layer_name, layer, width in fed:
         if layer_name in calls:
-            quantize_input(layer, inputs(width).to(images.device))
+            quantizer = inputs(width).to(images.device)
+            quantizer.register_forward_pre_hook(_in_float32)
+            quantize_input(layer, quantizer)
     with torch.no_grad():
         model(images)
-    history = _History(model)
+    memory = {} if memory is None else memory
+    history = _History(model, memory)
 
     def after(step: Step) -> None:
         keep_positive(model)
@@ -96,10 +101,16 @@ def train_quantized(
         if on_step is not None:
             on_step(step)
 
-    fit(model, data, schedule, objective=objective, groups=groups or quantizer_groups(schedule), on_step=after)
+    learned = groups or quantizer_groups(schedule)
+    fit(model, data, schedule, objective=objective, groups=learned, on_step=after, memory=memory)
     history.add()
-    data.record(name, {**history.record, "deployed_difference": _deploy(model, images)})
+    data.record(name, {**history.record(), "deployed_difference": _deploy(model, images)})
     return model
+
+
+def _in_float32(_quantizer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Codes of 8 bits do not survive the arithmetic of bfloat16, in which layers may compute."""
+    return tuple(x.float() for x in args)
 
 
 def quantizer_groups(schedule: Schedule) -> Groups:
@@ -127,25 +138,30 @@ def _size(parameter: Tensor) -> float:
 
 
 class _History:
-    """The means of what the quantizers learn, over time."""
+    """The means of what the quantizers learn, over time, kept in the training's memory."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.done, self.steps = model, 0.0, 0
-        self.record: dict[str, Any] = {"steps": [], "state": {}}
+    def __init__(self, model: nn.Module, memory: dict[str, Any]) -> None:
+        self.model, self.memory = model, memory
+        memory["history"] = {"now": 0, "done": 0.0, "steps": [], "state": {}}
         self.add()
 
     def see(self, step: Step) -> None:
         """Add a point if it is time to."""
-        before, self.done, self.steps = self.done, step.done, step.number + 1
+        known = self.memory["history"]
+        before, known["done"], known["now"] = known["done"], step.done, step.number + 1
         if int(before * _POINTS) < int(step.done * _POINTS) < _POINTS:
             self.add()
 
     def add(self) -> None:
         """The state of now."""
-        self.record["steps"].append(self.steps)
+        known = self.memory["history"]
+        known["steps"].append(known["now"])
         for name, quantizer in quantizers(self.model).items():
             for key, parameter in quantizer.named_parameters():
-                self.record["state"].setdefault(f"{name}.{key}", []).append(parameter.detach().mean().item())
+                known["state"].setdefault(f"{name}.{key}", []).append(parameter.detach().mean().item())
+
+    def record(self) -> dict[str, Any]:
+        return {key: self.memory["history"][key] for key in ("steps", "state")}
 
 
 @torch.no_grad()

@@ -43,6 +43,11 @@ class Schedule(BaseModel):
     distillation: Share = 0.0
     """Share of the loss that asks for the float network's soft answers (temperature 4)."""
 
+    precision: Literal["float32", "bf16", "fp16", "int8"] = "float32"
+    """Of the numbers in products; weights are float32. `int8` is for linear layers and needs torchao."""
+    compile: bool = False
+    """Whether the network goes through torch.compile: slow to start, then faster on many GPUs."""
+
     def total(self, per_epoch: int) -> int | None:
         """How many steps there are; None if that depends on time."""
         if self.seconds is not None:

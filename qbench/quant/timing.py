@@ -38,6 +38,8 @@ class Pairs:
 
     def step(self, number: int, quantized: Stepper, x: Tensor, y: Any) -> tuple[float, float]:
         """Do the step: its loss and seconds."""
+        if number >= self.last:
+            self._stepper, self.networks = None, []
         if self._stepper is None:
             return _timed(quantized, x, y)
         if number == 0:
@@ -50,8 +52,6 @@ class Pairs:
         if number >= self.warmup:
             self.quantized.append(spent)
             self.float.append(reference)
-        if number + 1 >= self.last:
-            self._stepper, self.networks = None, []
         return loss, spent
 
     def record(self) -> dict[str, Any]:
@@ -59,6 +59,12 @@ class Pairs:
         if not self.quantized:
             return {}
         return {"quantized": self.quantized, "float": self.float, "saved_bytes": self.saved}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"quantized": self.quantized, "float": self.float, "saved": self.saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.quantized, self.float, self.saved = state["quantized"], state["float"], state["saved"]
 
     def _apart(self, run: Callable[..., Any], x: Tensor, y: Any) -> Any:
         """On the float copy, without touching the random numbers of the training."""
