@@ -14,7 +14,7 @@ from qbench.verify.interval import Affine, Interval
 
 FLOAT32 = 2.0**-24
 """What one operation in float32 is off by at most, as a share of its outcome."""
-_SINGLE = 4
+ROUNDINGS = 8
 """Roundings in what is neither exact nor a sum of many numbers."""
 
 
@@ -38,14 +38,14 @@ class Bounds(Walk[Interval]):
         if operation.kind in ("linear", "norm"):
             return self._affine(operation, x)
         if operation.kind == "quantizer":
-            return self._off(self._off(x, _SINGLE).map(operation.function), _SINGLE)
+            return self._off(self._off(x, ROUNDINGS).map(operation.function), ROUNDINGS)
         y = x.map(operation.function)
         if operation.kind in ("shape", "extreme", "relu"):
             return y
-        return self._off(y, x.low[0].numel() + 1 if operation.kind == "average" else _SINGLE)
+        return self._off(y, x.low[0].numel() + 1 if operation.kind == "average" else ROUNDINGS)
 
     def add(self, a: Interval, b: Interval) -> Interval:
-        return self._off(a.plus(b), _SINGLE)
+        return self._off(a.plus(b), ROUNDINGS)
 
     def _affine(self, operation: Operation, x: Interval) -> Interval:
         if operation.kind == "linear":

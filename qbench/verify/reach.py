@@ -16,7 +16,7 @@ from qbench.quant.activations import StaticQuantizer
 from qbench.quant.fakequant import LearnedInput
 from qbench.verify.differences import activation_difference
 from qbench.verify.graph import Graph, Operation, Walk
-from qbench.verify.ibp import Bounds
+from qbench.verify.ibp import ROUNDINGS, Bounds
 from qbench.verify.interval import Affine, Interval
 
 
@@ -61,7 +61,7 @@ class Reach(Walk[Reached]):
 
     def add(self, a: Reached, b: Reached) -> Reached:
         floats, own = self.bounds.add(a.floats, b.floats), self.bounds.add(a.quantized, b.quantized)
-        difference = a.difference.plus(b.difference).widened(self._off(floats, own, 4))
+        difference = a.difference.plus(b.difference).widened(self._off(floats, own, ROUNDINGS))
         return Reached(floats, own, difference.intersect(own.minus(floats)))
 
     def _off(self, floats: Interval, own: Interval, roundings: int) -> Tensor:
@@ -99,7 +99,7 @@ class Reach(Walk[Reached]):
         ends = [torch.where(own.low < low, *pair) for pair in zip(ends, (difference.low, difference.high), strict=True)]
         clipped = [torch.minimum(ends[0], high - floats.high), torch.minimum(ends[1], high - floats.low)]
         clipped = [torch.where(own.high > high, *pair) for pair in zip(clipped, ends, strict=True)]
-        return Interval(*clipped).widened(step / 2 + self._off(floats, own, 8))
+        return Interval(*clipped).widened(step / 2 + self._off(floats, own, ROUNDINGS))
 
 
 def codes(quantizer: nn.Module) -> tuple[int, int, float]:

@@ -132,6 +132,7 @@ def test_what_it_cannot_train_is_refused_before_training(trained: nn.Module) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_digits(tmp_path: Path) -> None:
     """From the weights that ship with the package, at the radii of the paper."""
     space = Workspace(
