@@ -133,10 +133,13 @@ def check(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="Model to train from random weights: `name[option=value]`.")],
+    model: Annotated[str, typer.Argument(help="Model to train: `name[option=value]`.")],
     dataset: Annotated[str, typer.Option(help="Dataset to train on.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Safetensors file to write.")],
     plugin: Plugins = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Checkpoint to start from, in place of random weights.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(min=0)] = 1e-3,
@@ -154,6 +157,7 @@ def train(
         out,
         plugins=plugin or [],
         settings=settings or [],
+        start=start,
         seed=seed,
         epochs=epochs,
         batch_size=batch_size,

@@ -163,9 +163,17 @@ def check(name: str, plugins: list[str], *, as_json: bool) -> int:
 
 
 def train(
-    model: str, dataset: str, out: Path, *, plugins: list[str], settings: list[str], seed: int, **options: Any
+    model: str,
+    dataset: str,
+    out: Path,
+    *,
+    plugins: list[str],
+    settings: list[str],
+    start: str | None,
+    seed: int,
+    **options: Any,
 ) -> None:
-    """Train a float checkpoint from random weights."""
+    """Train a float checkpoint, and print how good it is."""
     from pydantic import ValidationError
 
     from qbench.train import FROM_SCRATCH
@@ -183,4 +191,7 @@ def train(
         first = error.errors()[0]
         known = ", ".join(type(FROM_SCRATCH).model_fields)
         raise UserError(f"--set {first['loc'][0]}: {first['msg'].lower()} (options: {known})") from None
-    train_checkpoint(*references, out, schedule=schedule, seed=seed)
+    report = train_checkpoint(*references, out, schedule=schedule, start=start, seed=seed)
+    if start is not None:
+        print(f"not taken from {start}: {', '.join(report['training']['start']['new']) or 'nothing'}")
+    print(f"{out}: {', '.join(f'{name} {value}' for name, value in report['evaluation'].items())}")

@@ -1,4 +1,4 @@
-"""Training a float checkpoint from random weights."""
+"""Training a float checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qbench.datasets.images import ImageArray
 from qbench.devices import best_device
 from qbench.errors import UserError
 from qbench.metrics.map import coco_stats
-from qbench.models.checkpoints import distinct
+from qbench.models.checkpoints import Checkpoint, distinct, start_from
 from qbench.quant.checkpoints import Checkpoints
 from qbench.quant.schedule import Schedule
 from qbench.quant.training import fit
@@ -37,6 +37,7 @@ def train(
     out: Path,
     *,
     schedule: Schedule = FROM_SCRATCH,
+    start: str | None = None,
     seed: int = 0,
     threads: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
@@ -50,16 +51,18 @@ def train(
         dataset: its training split is learned; its evaluation split is only scored in the end.
         out: the file; its metadata say how it was made and how good it is.
         schedule: of the training.
+        start: checkpoint to start from, in place of random weights: of the model with other heads, or of its backbone.
         seed: of the initial weights, the order of the images, augmentation and dropout.
         threads: cores to use; None leaves torch's choice.
         progress: called with the fraction that is done.
 
     Returns:
-        What the metadata say: `model`, `dataset`, `training` (all arguments) and `evaluation` (`images`, and `top1` as
-        a share or the COCO numbers).
+        What the metadata say: `model`, `dataset`, `training` (all arguments; of `start`, what it is and which tensors
+        were not taken from it) and `evaluation` (`images`, and `top1` as a share or the COCO numbers).
 
     Raises:
-        UserError: the folder of `out` cannot be written, model and dataset are of different tasks.
+        UserError: the folder of `out` cannot be written, model and dataset are of different tasks, or nothing of
+            `start` fits.
         FloatingPointError: the loss is not finite.
     """
     _writable(out)
@@ -71,11 +74,16 @@ def train(
     if space.model.task != space.dataset.task:
         raise UserError(f"model {model} is for {space.model.task}, but dataset {dataset} is for {space.dataset.task}")
     torch.manual_seed(seed)
-    how = schedule.model_dump() | {"seed": seed}
+    network = space.model.build()
+    how: dict[str, Any] = schedule.model_dump() | {"seed": seed}
+    if start is not None:
+        source = Checkpoint(start)
+        new = start_from(network, source.load(), str(source))
+        how["start"] = {"checkpoint": start, "sha256": source.fingerprint(), "new": new}
     identity = [str(model), str(dataset), space.dataset.fingerprint, how, engine()]
     kept = cache_dir() / "checkpoints" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     data = space.data(seed=seed, trains=True, progress=progress, checkpoints=Checkpoints(kept))
-    network = fit(space.model.build().to(device), data, schedule)
+    network = fit(network.to(device), data, schedule)
     report = {
         "model": str(model),
         "dataset": str(dataset),

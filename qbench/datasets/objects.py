@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from qbench.datasets.base import Boxes, Dataset, Split
 from qbench.datasets.folder import thin
+from qbench.datasets.vary import vary
 from qbench.errors import UserError
 
 Name = With[str, Field(min_length=1)]
@@ -72,6 +73,7 @@ def assemble(
         splits[0],
         splits[1],
         digest.hexdigest()[:16],
+        augment=vary,
         notes=tuple(dict.fromkeys(notes)),
     )
 

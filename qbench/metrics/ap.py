@@ -64,7 +64,14 @@ def match(detections: Mapping[str, np.ndarray], targets: Sequence[Boxes], classe
         detections: `image` (n,), `xyxy` (n, 4), `score` (n,), `label` (n,), of all images one after the other.
         targets: objects of every image, in the same pixels.
         classes: how many classes there are.
+
+    Raises:
+        ValueError: a detection is of another class.
     """
+    if len(strange := detections["label"][detections["label"] >= classes]):
+        raise ValueError(
+            f"the detector finds class {strange[0]}, but the dataset has {classes}: set the model's classes"
+        )
     chosen = _best(detections)
     image, label = (detections[name][chosen].astype(np.int32) for name in ("image", "label"))
     xyxy = detections["xyxy"][chosen].astype(np.float64)

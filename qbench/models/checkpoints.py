@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from qbench.errors import UserError
 
+_BACKBONES = ("backbone.body.", "backbone.")
+"""In front of the names of a detector's backbone."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -79,6 +82,33 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: str = "the chec
     if problems:
         raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(dict(state), strict=False)
+
+
+def start_from(module: nn.Module, state: Mapping[str, Tensor], source: str = "the checkpoint") -> list[str]:
+    """Load what has the name and shape of something in the module: all but new heads, or a backbone alone.
+
+    Args:
+        module: changed in place.
+        state: with the module's own names, or those of its backbone.
+        source: where the state is from, for messages.
+
+    Returns:
+        The names of tensors that stay as they are.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    own = distinct(module.state_dict())
+    taken = {key: state[name] for key, value in own.items() if (name := _counterpart(key, value, state)) is not None}
+    if not taken:
+        raise UserError(f"nothing of {source} has the name and shape of something in {type(module).__name__}")
+    module.load_state_dict(taken, strict=False)
+    return [key for key in own if key not in taken]
+
+
+def _counterpart(key: str, value: Tensor, state: Mapping[str, Tensor]) -> str | None:
+    names = [key, *(key.removeprefix(prefix) for prefix in _BACKBONES if key.startswith(prefix))]
+    return next((name for name in names if name in state and state[name].shape == value.shape), None)
 
 
 def _memory(tensor: Tensor) -> tuple[int, int, torch.Size]:

@@ -130,6 +130,9 @@ class Reader:
         return torch.stack(list(self._detector.compute_loss(*given).values())).sum()
 
     def _target(self, boxes: Boxes, device: torch.device) -> dict[str, Tensor]:
+        if boxes.labels.max(initial=-1) >= len(self.columns):
+            own, many = len(self.columns), int(boxes.labels.max()) + 1
+            raise UserError(f"the model finds {own} classes, but the dataset has {many} or more: set its classes")
         kept = slice(None) if boxes.crowd is None else ~boxes.crowd
         columns = torch.tensor(self.columns, device=device)
         return {

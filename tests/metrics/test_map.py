@@ -141,6 +141,12 @@ def test_only_the_best_hundred_of_an_image_and_class_count() -> None:
     assert ap_from_matches(matches, np.ones((1, 2)))[0] == coco_stats(targets, found, 1)["AP"] == 0
 
 
+def test_a_class_that_the_dataset_lacks_is_an_error() -> None:
+    targets, found = _random(3, 10)
+    with pytest.raises(ValueError, match=r"finds class \d, but the dataset has 1: set the model's classes"):
+        match(found, [Boxes(one.xyxy, one.labels * 0) for one in targets], 1)
+
+
 def test_matches_survive_as_arrays() -> None:
     targets, found = _random(3, 10)
     matches = match(found, targets, 3)

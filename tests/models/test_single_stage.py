@@ -100,6 +100,13 @@ def test_crowds_are_no_targets(detector: Any) -> None:
     assert own.loss(outputs, [crowd, none]) == own.loss(outputs, [half, none])
 
 
+def test_a_class_that_the_model_does_not_know_is_an_error(detector: Any) -> None:
+    network, own = read(detector)
+    strange = Boxes(targets()[0].xyxy, np.array([0, 3, 1]))
+    with pytest.raises(UserError, match="finds 3 classes, but the dataset has 4 or more"):
+        own.loss(network(torch.rand(1, 3, SIDE, SIDE)), [strange])
+
+
 def test_outputs_that_are_not_finite_are_an_error(detector: Any) -> None:
     network, own = read(detector)
     with torch.no_grad():

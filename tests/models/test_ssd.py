@@ -115,6 +115,21 @@ def test_a_checkpoint_with_other_anchors_is_refused(tmp_path: Path) -> None:
     assert isinstance(model.load(), ssd.SSD), "as `qbench train` writes it"
 
 
+def test_other_classes_have_scores_of_their_own() -> None:
+    model = registry.resolve("model", "ssd_mobilenetv1_075", {"classes": 3})()
+    network = model.build().eval()
+    with torch.no_grad():
+        outputs = network(torch.zeros(1, 3, 300, 300))
+    assert outputs[1].shape == (1, 1917, 3)
+    target = _target((10, 20, 90, 140, 2))
+    perfect = (_outputs([target])[0], torch.full((1, 1917, 3), -20.0))
+    owned = anchors.assign(torch.from_numpy(target.xyxy), 300) >= 0
+    perfect[1][0, owned, 2] = 8.0
+    assert model.loss(perfect, [target]) < 0.01
+    assert model.decode is not None
+    assert model.decode(perfect)[0].labels.tolist() == [2]
+
+
 @pytest.mark.slow
 def test_accuracy(shared: Path, tmp_path: Path) -> None:
     data = registry.resolve("dataset", "coco", {"root": str(shared / "data" / "coco")})()
