@@ -74,11 +74,20 @@ def status(
 @app.command()
 def show(
     key: Annotated[str, typer.Argument(help="Key of a result, or the beginning of it.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for curves of its training.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for curves of its training, and for pictures.")] = None,
     results: Results = HERE,
+    plugin: Plugins = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Write KEY.png: boxes, where they differ most from the float network's.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show all that one run left, and draw how its training went."""
+    if pictures:
+        from qbench import commands
+
+        commands.pictures(key, results, out or Path(), plugins=plugin or [])
+        return
     from qbench import reports
 
     reports.show(key, results, out, as_json=as_json)

@@ -162,6 +162,14 @@ def check(name: str, plugins: list[str], *, as_json: bool) -> int:
     return 0 if all(c.ok for c in checks) else 1
 
 
+def pictures(key: str, results: Path, folder: Path, *, plugins: list[str]) -> None:
+    """Write the contact sheet of a detection run into the folder."""
+    from qbench.pictures import pictures as write
+
+    registry.load_plugins(plugins)
+    write(key, results, folder / f"{key}.png")
+
+
 def train(
     model: str,
     dataset: str,
