@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
+import torch
 from pydantic import Field
+from torch.utils._pytree import tree_structure, tree_unflatten
 
-from qbench.errors import UserError
+from qbench.errors import Unsupported, UserError
 from qbench.metrics.base import Finished
 from qbench.registry import metric
 from qbench.runtimes.pair import deploy
@@ -36,6 +39,7 @@ def latency(
     samples: Annotated[int, Field(ge=5)] = 60,
     warmup: Annotated[int, Field(ge=1)] = 5,
     seconds: Annotated[float, Field(gt=0)] = 20.0,
+    decoding: bool = False,
 ) -> dict[str, Any]:
     """Time of the integer network and of the float network in the same runtime, in pairs.
 
@@ -53,15 +57,27 @@ def latency(
         samples: rounds.
         warmup: rounds that are thrown away.
         seconds: after which no further round begins.
+        decoding: of a detector, from images to boxes: decoding and suppression are timed with the network.
 
     Raises:
-        Unsupported: the network is not deployable as integers.
+        Unsupported: the network is not deployable as integers, or is no detector that could be timed to its boxes.
     """
     deployed = deploy(finished, runtime, batch_size, threads)
     calls = {name: partial(network.run, deployed.batch) for name, network in deployed.networks.items()}
+    if decoding:
+        calls = {name: _to_boxes(finished, call, threads) for name, call in calls.items()}
     before = os.getloadavg()[0]
     loops, times = interleave(calls, samples=samples, warmup=warmup, seconds=seconds)
     return {**deployed.facts, "loops": loops, "load": [before, os.getloadavg()[0]], **times}
+
+
+def _to_boxes(finished: Finished, run: Callable[[], list[np.ndarray]], threads: int) -> Callable[[], object]:
+    decode = finished.model.decode
+    if decode is None:
+        raise Unsupported("decoding=true is for detectors: this network's outputs are no boxes")
+    torch.set_num_threads(threads)
+    structure = tree_structure(finished.quantized(finished.data.example))
+    return lambda: decode(tree_unflatten([torch.from_numpy(output) for output in run()], structure))
 
 
 def interleave(

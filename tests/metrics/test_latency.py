@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deployable import finished
@@ -42,6 +44,24 @@ def test_the_float_reference_has_no_quantized_samples(tmp_path: Path) -> None:
     assert "quantized" not in values
     assert len(values["float"]) == len(values["float_again"]) == 5
     assert values["agreement"]["images"] == 3
+
+
+def test_decoding_is_timed_with_the_network_where_it_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    run = finished(tmp_path)
+    with pytest.raises(Unsupported, match="decoding=true is for detectors"):
+        latency(run, decoding=True, samples=5, warmup=1)
+    seen: list[tuple[int, ...]] = []
+
+    def decode(outputs: Any) -> list[Any]:
+        time.sleep(0.002)
+        seen.append(tuple(outputs.shape))
+        return []
+
+    run = replace(run, model=replace(run.model, decode=decode))
+    values = latency(run, decoding=True, samples=5, warmup=1)
+    assert set(seen) == {(1, 5)}
+    assert min(values["quantized"] + values["float"]) > 0.002
 
 
 def test_a_simulation_is_never_timed(tmp_path: Path) -> None:
