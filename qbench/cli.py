@@ -74,7 +74,7 @@ def status(
 @app.command()
 def show(
     key: Annotated[str, typer.Argument(help="Key of a result, or the beginning of it.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for curves of its training, and for pictures.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for curves of training and pictures.")] = None,
     results: Results = HERE,
     plugin: Plugins = None,
     pictures: Annotated[

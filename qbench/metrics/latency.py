@@ -63,9 +63,8 @@ def latency(
         Unsupported: the network is not deployable as integers, or is no detector that could be timed to its boxes.
     """
     deployed = deploy(finished, runtime, batch_size, threads)
-    calls = {name: partial(network.run, deployed.batch) for name, network in deployed.networks.items()}
-    if decoding:
-        calls = {name: _to_boxes(finished, call, threads) for name, call in calls.items()}
+    runs = {name: partial(network.run, deployed.batch) for name, network in deployed.networks.items()}
+    calls = {name: _to_boxes(finished, run, threads) if decoding else run for name, run in runs.items()}
     before = os.getloadavg()[0]
     loops, times = interleave(calls, samples=samples, warmup=warmup, seconds=seconds)
     return {**deployed.facts, "loops": loops, "load": [before, os.getloadavg()[0]], **times}
