@@ -121,29 +121,37 @@ def _shrink(
     return best_low, best_high
 
 
-def exact_step(points: Tensor, top: int) -> Tensor:
-    """The step (R,) with the least squared error of `step * clip(round(x / step), -top, top)`; 1 for rows of zeros.
+def exact_step(points: Tensor, top: int, *, bottom: int | None = None, mass: Tensor | None = None) -> Tensor:
+    """The step (R,) with the least squared error of `step * clip(round(x / step), bottom, top)`; 1 for rows of zeros.
 
-    The error is piecewise quadratic in the step; all its breakpoints |x| / (j - 1/2), j = 1..top, are visited in
+    The error is piecewise quadratic in the step; all its breakpoints |x| / (j - 1/2), j = 1, 2, ..., are visited in
     descending order. O(n top log(n top)) a row (arXiv 2210.03671, where an alternating search may stop short).
 
     Args:
         points: (R, n).
         top: largest code.
+        bottom: smallest code; None is -top.
+        mass: (R, n) how often each point occurs; None means once.
     """
-    chunk = max(1, _CHUNK // (points.shape[1] * top))
-    return torch.cat([_exact_step(part, top) for part in points.split(chunk)])
+    least = top if bottom is None else -bottom
+    chunk = max(1, _CHUNK // (points.shape[1] * max(top, least)))
+    masses = torch.ones_like(points) if mass is None else mass
+    parts = zip(points.split(chunk), masses.split(chunk), strict=True)
+    return torch.cat([_exact_step(*part, top, least) for part in parts])
 
 
-def _exact_step(points: Tensor, top: int) -> Tensor:
-    size = points.abs().double()
-    half = torch.arange(1, top + 1, device=points.device, dtype=torch.float64) - 0.5
-    breaks, order = (size[:, :, None] / half).flatten(1).sort(dim=1, descending=True)
+def _exact_step(points: Tensor, mass: Tensor, top: int, least: int) -> Tensor:
+    most = max(top, least)
+    size, mass = points.abs().double(), mass.double()
+    half = torch.arange(1, most + 1, device=points.device, dtype=torch.float64) - 0.5
+    # No code beyond a point's own end of the range: such breakpoints lie at 0, where they are visited last.
+    reached = half < torch.where(points < 0, least, top)[:, :, None]
+    breaks, order = torch.where(reached, size[:, :, None] / half, 0.0).flatten(1).sort(dim=1, descending=True)
     # Passing breakpoint (i, j) raises code i from j - 1 to j. a: sum of |x| code, b: sum of code**2.
-    a = size.gather(1, order // top).cumsum(1)
-    b = (2 * half)[order % top].cumsum(1)
+    a = (size * mass).gather(1, order // most).cumsum(1)
+    b = ((2 * half)[order % most] * mass.gather(1, order // most)).cumsum(1)
     lower = torch.cat([breaks[:, 1:], torch.zeros_like(breaks[:, :1])], dim=1)
-    step = torch.minimum(torch.maximum(a / b, lower), breaks)
+    step = torch.minimum(torch.maximum(a / b.clamp(min=torch.finfo(b.dtype).tiny), lower), breaks)
     error = (step * b - 2 * a) * step
     best = step.gather(1, error.argmin(1, keepdim=True)).squeeze(1)
     return torch.where(best > 1e-30, best, torch.ones_like(best)).to(points.dtype)
