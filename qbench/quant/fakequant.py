@@ -7,7 +7,8 @@ quantizer also says which fixed quantizer it becomes. Whoever trains attaches th
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from torch.nn.utils import parametrize
 
 from qbench.models.base import first_device
 from qbench.quant.activations import StaticQuantizer, input_quantizers, quantize_input
-from qbench.quant.encodings import Affine, Encoding, to_rows
+from qbench.quant.encodings import Affine, Encoding
 from qbench.quant.hooks import hooked
 from qbench.quant.layers import encode, named_weight_layers
+from qbench.quant.rows import sharing_rows, spread
 
 Granularity = Literal["tensor", "channel"]
 SMALLEST = 1e-8
@@ -81,26 +83,43 @@ class InputQuantizer(Protocol):
         """The fixed quantizer that does the same, one of `qbench.quant.activations`."""
 
 
-class LearnedWeight(nn.Module):
-    """LSQ on a weight: signed codes over the full range, one learned step per tensor or per output channel."""
+Start = Callable[[Tensor, int], Tensor]
+"""`(rows (R, n), largest code) -> first steps (R,)`"""
 
-    def __init__(self, weight: Tensor, bits: int, granularity: Granularity, axis: int = 0) -> None:
+
+def lsq_start(rows: Tensor, high: int) -> Tensor:
+    """2 mean|w| / sqrt(high), as LSQ begins."""
+    return 2 * rows.abs().mean(1) / math.sqrt(high)
+
+
+class LearnedWeight(nn.Module):
+    """LSQ on a weight: signed codes, one learned step per tensor or per output channel."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        granularity: Granularity,
+        axis: int = 0,
+        *,
+        narrow: bool = False,
+        start: Start = lsq_start,
+    ) -> None:
         """
         Args:
-            weight: its first steps are 2 mean|w| / sqrt(high).
+            weight: its first steps are those of `start`, or 1 where that is 0.
             bits: width of the codes, at least 2.
             granularity: one step per tensor or per output channel.
             axis: output-channel axis of the weight.
+            narrow: leave the lowest code out, which has no counterpart above 0.
+            start: the first steps for rows that share one, and the largest code.
         """
         super().__init__()
-        self.low, self.high, self.axis = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, axis
-        rows = to_rows(weight.detach(), axis)
-        rows = rows.reshape(1, -1) if granularity == "tensor" else rows
-        start = 2 * rows.abs().mean(1) / math.sqrt(self.high)
-        start = torch.where(start > SMALLEST, start, torch.ones_like(start))
-        shape = [1] * weight.dim()
-        shape[axis] = len(rows)
-        self.scale = nn.Parameter(start.reshape(shape))
+        self.high, self.axis = 2 ** (bits - 1) - 1, axis
+        self.low = -self.high - (not narrow)
+        rows = sharing_rows(weight.detach(), granularity, axis)
+        first = start(rows, self.high)
+        self.scale = nn.Parameter(spread(torch.where(first > SMALLEST, first, 1.0), weight.dim(), axis))
         self.gain = 1 / math.sqrt(rows.shape[1] * self.high)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -110,13 +129,21 @@ class LearnedWeight(nn.Module):
         return Affine.nearest(quantized, self.scale.detach().flatten(), low=self.low, high=self.high, axis=self.axis)
 
 
-class LearnedInput(nn.Module):
-    """LSQ on a layer's input: one learned step, set from the first batch, which also decides about the sign."""
+class FirstBatchInput(nn.Module):
+    """A quantizer of a layer's input that sets itself from the first batch, which also decides about the sign.
+
+    Codes have the full range. Where the first batch has negative values they are signed, if they are `symmetric`.
+    """
+
+    symmetric: ClassVar[bool] = True
 
     def __init__(self, bits: int) -> None:
+        """
+        Args:
+            bits: width of the codes.
+        """
         super().__init__()
         self.bits, self.low, self.high, self.gain = bits, 0, 2**bits - 1, 1.0
-        self.scale = nn.Parameter(torch.ones(()))
         self.used = False
 
     @property
@@ -125,23 +152,42 @@ class LearnedInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.used:
-            self._start(x.detach())
-        return cast(Tensor, LearnedStep.apply(x, self.scale, self.low, self.high, self.gain))
-
-    def _start(self, x: Tensor) -> None:
-        if x.amin() < 0:
-            self.low, self.high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        start = 2 * x.abs().mean() / math.sqrt(max(1, self.high))
-        with torch.no_grad():
-            self.scale.copy_(start if start > SMALLEST else torch.ones_like(start))
-        self.gain = 1 / math.sqrt(x[0].numel() * max(1, self.high))
-        self.used = True
+            if self.symmetric and x.amin() < 0:
+                self.low, self.high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+            with torch.no_grad():
+                self.begin(x.detach())
+            self.used = True
+        return self.quantized(x)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"low": self.low, "high": self.high, "gain": self.gain, "used": self.used}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.low, self.high, self.gain, self.used = state["low"], state["high"], state["gain"], state["used"]
+
+    def begin(self, x: Tensor) -> None:
+        """Set everything from the first batch."""
+        raise NotImplementedError
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """The input, quantized."""
+        raise NotImplementedError
+
+
+class LearnedInput(FirstBatchInput):
+    """LSQ on a layer's input: one learned step."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def begin(self, x: Tensor) -> None:
+        first = 2 * x.abs().mean() / math.sqrt(max(1, self.high))
+        self.scale.copy_(first if first > SMALLEST else torch.ones_like(first))
+        self.gain = 1 / math.sqrt(x[0].numel() * max(1, self.high))
+
+    def quantized(self, x: Tensor) -> Tensor:
+        return cast(Tensor, LearnedStep.apply(x, self.scale, self.low, self.high, self.gain))
 
     def deployed(self) -> StaticQuantizer:
         """The fixed quantizer with the learned step."""
@@ -185,12 +231,13 @@ def _is_learned(module: nn.Module) -> bool:
 
 
 def keep_positive(model: nn.Module) -> None:
-    """Pull those parameters `scale` of quantizers back up that an update made too small."""
+    """Pull those parameters `scale` of quantizers, or those named in `positive`, up that have become too small."""
     with torch.no_grad():
-        for module in model.modules():
-            scale = module._parameters.get("scale") if _is_learned(module) else None
-            if scale is not None:
-                scale.clamp_(min=SMALLEST)
+        for module in filter(_is_learned, model.modules()):
+            for name in getattr(module, "positive", ("scale",)):
+                parameter = module._parameters.get(name)
+                if parameter is not None:
+                    parameter.clamp_(min=SMALLEST)
 
 
 def deploy(model: nn.Module) -> None:

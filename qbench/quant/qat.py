@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from qbench.data import Data
 from qbench.quant.activations import quantize_input
 from qbench.quant.distillation import Objective
 from qbench.quant.fakequant import deploy, keep_positive, quantize_weight, quantizers, reached
+from qbench.quant.free_weights import update_quantizers
 from qbench.quant.layers import clear_encodings, named_weight_layers, output_axis, select_layers, weight_of
+from qbench.quant.oscillation import Oscillation
 from qbench.quant.schedule import Schedule
 from qbench.quant.training import Groups, Step, decay_groups, fit
 
@@ -43,9 +45,9 @@ def train_quantized(
 ) -> nn.Module:
     """Put quantizers on weights and inputs, train, and put what was learned in their place.
 
-    `data.record(name, ...)` gets `state`: the mean of every parameter of every quantizer at the start, at up to 100
+    `data.record(name, ...)` gets `state`: the mean of every parameter and scale of every quantizer at the start, at up to 100
     of the `steps`, and at the end; and `deployed_difference`: the largest difference of outputs of the first
-    calibration batch between the trained and the deployed network.
+    calibration batch between the trained and the deployed network. `oscillation` gets what `Oscillation` saw.
 
     Args:
         model: the float model.
@@ -93,17 +95,20 @@ def train_quantized(
     with torch.no_grad():
         model(images)
     memory = {} if memory is None else memory
-    history = _History(model, memory)
+    history, oscillation = _History(model, memory), Oscillation(model, memory)
 
     def after(step: Step) -> None:
         keep_positive(model)
+        update_quantizers(model)
         history.see(step)
+        oscillation.see(step)
         if on_step is not None:
             on_step(step)
 
     learned = groups or quantizer_groups(schedule)
     fit(model, data, schedule, objective=objective, groups=learned, on_step=after, memory=memory)
     history.add()
+    data.record("oscillation", oscillation.record())
     data.record(name, {**history.record(), "deployed_difference": _deploy(model, images)})
     return model
 
@@ -114,21 +119,23 @@ def _in_float32(_quantizer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def quantizer_groups(schedule: Schedule) -> Groups:
-    """Parameters of quantizers do not decay.
+    """Parameters of quantizers do not decay, and learn as the quantizer's `learning` says, by their names.
 
-    Updates of AdamW do not depend on the size of the gradient: there each of them learns with `lr` times its own size,
-    or `lr` if it is 0.
+    Updates of AdamW do not depend on the size of the gradient: there each of the others learns with `lr` times its own
+    size, or `lr` if it is 0.
     """
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        found = [parameter for quantizer in quantizers(model).values() for parameter in quantizer.parameters()]
-        known = {id(parameter): parameter for parameter in found}
-        learned = list(known.values())
-        others = decay_groups((p for p in model.parameters() if id(p) not in known), schedule.weight_decay)
-        if schedule.optimizer == "sgd":
-            return [*others, {"params": learned, "weight_decay": 0.0}]
-        own = [{"params": [p], "weight_decay": 0.0, "lr": schedule.lr * _size(p)} for p in learned]
-        return [*others, *own]
+        own: dict[int, dict[str, Any]] = {}
+        for quantizer in quantizers(model).values():
+            for name, parameter in quantizer.named_parameters():
+                own[id(parameter)] = group(parameter, getattr(quantizer, "learning", {}).get(name, {}))
+        others = (parameter for parameter in model.parameters() if id(parameter) not in own)
+        return [*decay_groups(others, schedule.weight_decay), *own.values()]
+
+    def group(parameter: nn.Parameter, learning: dict[str, float]) -> dict[str, Any]:
+        relative = {"lr": schedule.lr * _size(parameter)} if schedule.optimizer == "adamw" else {}
+        return {"params": [parameter], "weight_decay": 0.0, **relative, **learning}
 
     return groups
 
@@ -138,7 +145,7 @@ def _size(parameter: Tensor) -> float:
 
 
 class _History:
-    """The means of what the quantizers learn, over time, kept in the training's memory."""
+    """The means of what the quantizers learn or compute, over time, kept in the training's memory."""
 
     def __init__(self, model: nn.Module, memory: dict[str, Any]) -> None:
         self.model, self.memory = model, memory
@@ -157,11 +164,18 @@ class _History:
         known = self.memory["history"]
         known["steps"].append(known["now"])
         for name, quantizer in quantizers(self.model).items():
-            for key, parameter in quantizer.named_parameters():
+            for key, parameter in (*quantizer.named_parameters(), *_computed(quantizer)):
                 known["state"].setdefault(f"{name}.{key}", []).append(parameter.detach().mean().item())
 
     def record(self) -> dict[str, Any]:
         return {key: self.memory["history"][key] for key in ("steps", "state")}
+
+
+def _computed(quantizer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The scale of a quantizer that does not learn it."""
+    scale = getattr(quantizer, "scale", None)
+    if isinstance(scale, Tensor) and "scale" not in quantizer._parameters:
+        yield "scale", scale
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """A weight as rows, and the parameters that its rows and groups of columns share."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,16 @@ def rotate(rows: Tensor, matrix: Tensor) -> Tensor:
     # In operations that ONNX knows.
     parts = rows.reshape(len(rows), len(matrices), -1).transpose(0, 1) @ matrices.transpose(1, 2)
     return parts.transpose(0, 1).flatten(1)
+
+
+def sharing_rows(weight: Tensor, granularity: Literal["tensor", "channel"], axis: int = 0) -> Tensor:
+    """(R, n): a row for what shares a scale, the tensor or an output channel."""
+    rows = to_rows(weight, axis)
+    return rows.reshape(1, -1) if granularity == "tensor" else rows
+
+
+def spread(parameter: Tensor, dims: int, axis: int = 0) -> Tensor:
+    """A parameter (R,) of such rows in a shape that broadcasts to the weight, which has `dims` axes."""
+    shape = [1] * dims
+    shape[axis] = len(parameter)
+    return parameter.reshape(shape)
