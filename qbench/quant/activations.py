@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qbench.quant.binary_quantizer import BinaryMeanQuantizer, BinaryQuantizer
 from qbench.quant.calls import Args, with_first
+from qbench.quant.level_quantizer import LevelQuantizer
 from qbench.quant.log_quantizer import LogQuantizer
 from qbench.quant.quantizer import Quantizer
 from qbench.quant.twin_quantizers import TwinGelu, TwinSoftmax
@@ -82,6 +83,7 @@ _CLASSES: tuple[type[Quantizer], ...] = (
     StaticQuantizer,
     DynamicQuantizer,
     LogQuantizer,
+    LevelQuantizer,
     TwinSoftmax,
     TwinGelu,
     BinaryQuantizer,

@@ -87,6 +87,19 @@ def _distribution(calibration: str) -> Distribution:
     return "laplace" if calibration == "aciq_laplace" else "gauss"
 
 
+def least_error_grid(x: Tensor, *, bits: int, symmetric: bool) -> tuple[float, int]:
+    """Scale and zero point of the activation quantizer with the least squared error on one batch.
+
+    Args:
+        x: any shape.
+        bits: width of the codes.
+        symmetric: signed codes about 0.
+    """
+    seen = Histogram()
+    seen.observe(x)
+    return seen.grid(bits=bits, symmetric=symmetric, calibration="mse")
+
+
 class Histogram:
     """The distribution of a stream of activations: bins on [-reach, reach], 0 on an edge, reach doubling as needed."""
 

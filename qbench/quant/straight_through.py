@@ -19,6 +19,11 @@ def straight_through(x: Tensor, value: Tensor, slope: Tensor | None = None) -> T
     return cast(Tensor, _StraightThrough.apply(x, value, slope))
 
 
+def slower(x: Tensor, gain: float) -> Tensor:
+    """x as it is, with its gradient times `gain`."""
+    return straight_through(x, x.detach(), x.new_tensor(gain))
+
+
 def sign(x: Tensor) -> Tensor:
     """1 where x >= 0, else -1."""
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
