@@ -67,7 +67,7 @@ class Oscillation:
     @torch.no_grad()
     def _exponents(self) -> dict[str, Tensor]:
         powers = {name: own for name, (_, own) in self.layers.items() if getattr(own, "power_of_two", False)}
-        return {name: own.scale.log2().round() for name, own in powers.items()}  # type: ignore[operator, union-attr]
+        return {name: own.scale.log2().round() for name, own in powers.items()}  # type: ignore[operator]
 
     def _codes(self) -> dict[str, Tensor]:
         encodings = {name: weight_encoding(layer) for name, (layer, _) in self.layers.items()}

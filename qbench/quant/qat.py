@@ -45,8 +45,8 @@ def train_quantized(
 ) -> nn.Module:
     """Put quantizers on weights and inputs, train, and put what was learned in their place.
 
-    `data.record(name, ...)` gets `state`: the mean of every parameter and scale of every quantizer at the start, at up to 100
-    of the `steps`, and at the end; and `deployed_difference`: the largest difference of outputs of the first
+    `data.record(name, ...)` gets `state`: the mean of every parameter and scale of every quantizer at the start, at up
+    to 100 of the `steps`, and at the end; and `deployed_difference`: the largest difference of outputs of the first
     calibration batch between the trained and the deployed network. `oscillation` gets what `Oscillation` saw.
 
     Args:

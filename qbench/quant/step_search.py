@@ -11,6 +11,7 @@ from qbench.quant.segments import sums_by
 _BREAKS = 1 << 16  # breakpoints of a row up to which all of them are visited
 _BINS = 2000
 _TURNS = 20
+_AFTER_HISTOGRAM = 5
 _SETTLED = 1e-6
 
 
@@ -69,7 +70,7 @@ def best_step(rows: Tensor, low: int, high: int, mass: Tensor | None = None) -> 
         return exact_step(rows, high, bottom=low, mass=mass)
     points, counts = _histogram(rows, torch.ones_like(rows) if mass is None else mass)
     start = exact_step(points, high, bottom=low, mass=counts).to(rows)
-    return alternating_step(rows, start, low, high, mass=mass)
+    return alternating_step(rows, start, low, high, _AFTER_HISTOGRAM, mass)
 
 
 def _histogram(rows: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:

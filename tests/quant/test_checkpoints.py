@@ -15,6 +15,7 @@ from qbench.models.base import cross_entropy
 from qbench.quant.checkpoints import Checkpoints
 from qbench.quant.schedule import Schedule
 from qbench.quant.training import Step, fit
+from qbench.registry import parse, resolve
 
 
 class Noise:
@@ -100,6 +101,35 @@ def test_a_broken_training_goes_on_to_the_same_weights(train: Callable[[Data], n
         assert records["training"]["resumed_at"] == [3, 8]
     if train is quantized:
         assert records["lsq"] == whole["lsq"]
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "ste",
+        "dorefa[bits=1,gradient_bits=4]",
+        "pact[weights=sawb]",
+        "lsq_plus",
+        "apot_qat",
+        "msqe[bits=2,freeze=0.5,momentum=0.5]",
+        "msqe[bits=2,estimator=gradient,freeze=0.5,deviations=2.0,flatten=0.01]",
+        "dropbits[penalty=0.1,fix=0.5]",
+        "direct[bits=2]",
+    ],
+)
+def test_quantizers_go_on_as_they_were(reference: str, tmp_path: Path) -> None:
+    name, options = parse(reference)
+    method = resolve("method", name, {**options, "steps": 10, "batch_size": 16})
+    data, whole = make_data(None)
+    expected = method(network(), data)
+    for broken_at in (0.3, 0.7):
+        with pytest.raises(BrokenOffError):
+            method(network(), make_data(tmp_path, broken_at)[0])
+    data, records = make_data(tmp_path)
+    assert same(method(network(), data), expected)
+    assert records["training"]["resumed_at"] == [2, 6]
+    assert records[name] == whole[name]
+    assert records["oscillation"] == whole["oscillation"]
 
 
 def test_what_steps_remember_is_kept(tmp_path: Path) -> None:
