@@ -24,7 +24,7 @@ Difference = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of the difference of each output (n,), fixed point minus float, in a box of pixels."""
+    """What is known of the difference of each output (n,), quantized minus float, in a box of pixels."""
 
     state: State
     by_intervals: bool
