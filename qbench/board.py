@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qbench import training_rows
 from qbench.alarms import finer
 from qbench.metrics.ap import Matches, paired_interval
 from qbench.metrics.ratio import paired_ratio
@@ -114,6 +115,7 @@ def _table(results: list[Result], outcomes: Callable[[str], Outcomes]) -> Table:
         row.rank = rank
     for row in ranked:
         row.alarms = _alarms(row, ranked, difference)
+    training_rows.judge(rows)
     rest = [row for row in rows if row.score is None]
     ordered = [*([reference] if reference else []), *ranked, *rest]
     return Table(dataset, model, f"{images} images, seed {seed}", task, ordered, reference)
@@ -264,6 +266,7 @@ def _training_time(values: Values) -> dict[str, Any]:
         "step_seconds": seconds,
         "epoch_seconds": seconds * values[0]["steps_per_epoch"],
         "training_time_reduction_percent": 100 * (1 - ratio.estimate),
+        "training_memory_ratio": values[0]["saved_bytes"]["quantized"] / values[0]["saved_bytes"]["float"],
     }
 
 

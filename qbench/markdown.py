@@ -45,6 +45,11 @@ COLUMNS: list[tuple[str, str, Cell]] = [
     ("int8 / float latency", "latency", lambda c: _latency(c)),
     ("cost s", "cost", _number("cost_seconds", ".1f")),
     ("train step / float", "training_time", _interval("step_ratio", ".2f")),
+    ("training time saved %", "training_time", _number("training_time_reduction_percent", "+.0f")),
+    ("training memory / float", "training_time", _number("training_memory_ratio", ".2f")),
+    ("loss / float: equal steps", "training_time", lambda c: _losses(c, "steps")),
+    ("loss / float: equal time", "training_time", lambda c: _losses(c, "time")),
+    ("from scratch s", "cost", lambda c: _from_scratch(c)),
     ("mJ / image", "energy", _number("energy_mj", ".2f")),
 ]
 
@@ -53,6 +58,18 @@ def _coverage(cells: dict[str, Any]) -> str | None:
     if "weights_covered" not in cells:
         return None
     return f"{100 * cells['weights_covered']:.0f} / {100 * cells['macs_covered']:.0f}"
+
+
+def _losses(cells: dict[str, Any], equal: str) -> str | None:
+    own, reference = cells.get(f"loss_at_equal_{equal}"), cells.get(f"float_loss_at_equal_{equal}")
+    return None if own is None or reference is None else f"{own:.3g} / {reference:.3g}"
+
+
+def _from_scratch(cells: dict[str, Any]) -> str | None:
+    """Seconds to the row's accuracy; more than the longest training that there is, if none got there."""
+    if cells.get("scratch_seconds") is None:
+        return f"> {cells['scratch_seconds_tried']:.1f}" if "scratch_seconds_tried" in cells else None
+    return f"{cells['scratch_seconds']:.1f}"
 
 
 def _latency(cells: dict[str, Any]) -> str | None:

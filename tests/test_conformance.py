@@ -33,7 +33,7 @@ REFERENCES = {
         "kmeans_finetune[steps=2,batch_size=16]",
         "kmeans_finetune[steps=2,batch_size=16,granularity=channel,assignments=redone,activation_bits=4]",
     ],
-    "lsq": ["lsq[steps=2,batch_size=16]"],
+    "lsq": ["lsq[steps=2,batch_size=16]", "lsq[steps=2,batch_size=16,precision=bf16,ema=0.9]"],
     "lsq_plus": ["lsq_plus[steps=2,batch_size=16]"],
     "mixed": ["mixed[images=4,candidates=[6,3]]", "mixed[images=4,method=gptq,measure=fisher,solver=greedy,bits=3]"],
     "msq_preprocess": ["msq_preprocess[rows=4,skip=[layer3,layer4,blocks.3,blocks.4,blocks.5]]"],
@@ -54,6 +54,7 @@ REFERENCES = {
     "ste": ["ste[steps=2,batch_size=16]"],
     "ternary": ["ternary[steps=2,batch_size=16]", "ternary[steps=2,batch_size=16,kind=ttq,activation_bits=4]"],
     "xnor": ["xnor[steps=2,batch_size=16]", "xnor[steps=2,batch_size=16,scale_map=false,edge_bits=null]"],
+    "train": [f"train[steps=2,batch_size=16,precision={p}]" for p in ("float32", "bf16", "fp16")],
 }
 CASES = [case for name in sorted(registry._builtin("method")) for case in REFERENCES.get(name, [name])]
 

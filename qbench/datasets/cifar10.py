@@ -6,11 +6,13 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from qbench.datasets.base import Dataset, Split
@@ -25,7 +27,9 @@ _PADDING = 4
 
 
 @dataset("cifar10")
-def cifar10(*, root: str = "cifar10", limit: Count | None = None) -> Dataset:
+def cifar10(
+    *, root: str = "cifar10", cutout: Annotated[int, Field(ge=0, le=SIZE)] = 0, limit: Count | None = None
+) -> Dataset:
     """CIFAR-10; training images are shifted by up to 4 pixels and flipped.
 
     The folder holds, at any depth, `data_batch_*.bin` and `test_batch.bin` (the authors' binary version) or
@@ -33,12 +37,18 @@ def cifar10(*, root: str = "cifar10", limit: Count | None = None) -> Dataset:
 
     Args:
         root: looked for as given, then in the folder that QBENCH_DATA names.
+        cutout: side of a square that is blanked in every training image (arXiv:1708.04552); for few images.
         limit: at most this many images of each split, spread evenly over it.
     """
     place = find(root)
     digest = hashlib.sha256()
     train, evaluation = (thin(_split(place, name, digest), limit) for name in ("train", "test"))
-    return Dataset("classification", CLASSES, train, train, evaluation, digest.hexdigest()[:16], crop_and_flip)
+
+    def augment(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        moved = crop_and_flip(images, generator)
+        return blank(moved, cutout, generator) if cutout else moved, targets
+
+    return Dataset("classification", CLASSES, train, train, evaluation, digest.hexdigest()[:16], augment)
 
 
 def _split(root: Path, name: str, digest: hashlib._Hash) -> Split:
@@ -80,7 +90,7 @@ def _parquet(files: Sequence[Path]) -> tuple[np.ndarray, Callable[[int], Image.I
     return labels, lambda position: Image.open(io.BytesIO(encoded[position].as_py()))
 
 
-def crop_and_flip(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift each image by up to 4 pixels, what comes in being 0, and flip every other one at random."""
     count, _, height, width = images.shape
     down, right = torch.randint(2 * _PADDING + 1, (2, count, 1), generator=generator)
@@ -89,4 +99,18 @@ def crop_and_flip(images: Tensor, targets: Tensor, generator: torch.Generator) -
     columns = torch.where(flipped, columns.flip(1), columns)
     padded = F.pad(images, [_PADDING] * 4).permute(0, 2, 3, 1)
     places = (torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :])
-    return padded[tuple(place.to(images.device) for place in places)].permute(0, 3, 1, 2), targets
+    return padded[tuple(place.to(images.device) for place in places)].permute(0, 3, 1, 2)
+
+
+def blank(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Set a square of each image to 0; its middle is anywhere in the image."""
+    count, _, height, width = images.shape
+    first, last = -(side // 2), side - side // 2
+
+    def inside(length: int) -> Tensor:
+        middle = torch.randint(length, (count, 1), generator=generator)
+        place = torch.arange(length) - middle
+        return (first <= place) & (place < last)
+
+    square = inside(height)[:, None, :, None] & inside(width)[:, None, None, :]
+    return images.masked_fill(square.to(images.device), 0.0)

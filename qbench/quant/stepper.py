@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qbench.models.base import first_device
 from qbench.quant.arithmetic import autocast
 from qbench.quant.distillation import Objective
 from qbench.quant.schedule import Schedule
@@ -27,11 +28,14 @@ class Stepper:
             objective: what is minimised.
             schedule: optimizer, clipping, precision.
         """
+        device = first_device(model)
+        if device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # what tensor cores read; on CPUs it gains nothing
         self.model, self.objective, self.schedule = model, objective, schedule
         self.called = cast(nn.Module, torch.compile(model)) if schedule.compile else model
         self.optimizer = _optimizer(groups, schedule)
         self.highest = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(enabled=schedule.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
 
     def slow_down(self, factor: float) -> None:
         """Set the learning rates to that share of the highest."""

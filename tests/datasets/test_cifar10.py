@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from qbench.datasets.base import Dataset, draw
-from qbench.datasets.cifar10 import crop_and_flip
+from qbench.datasets.cifar10 import blank, crop_and_flip
 from qbench.datasets.images import open_images
 from qbench.errors import UserError
 from qbench.models.base import Preprocess
@@ -98,9 +98,7 @@ def test_what_is_not_cifar10_is_refused(tmp_path: Path) -> None:
 
 def test_images_are_shifted_and_flipped_whole() -> None:
     images = torch.rand(64, 3, 6, 6)
-    targets = torch.arange(64)
-    moved, same = crop_and_flip(images, targets, torch.Generator().manual_seed(0))
-    assert torch.equal(same, targets)
+    moved = crop_and_flip(images, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(images, [4] * 4)
     seen = set()
     for image, source in zip(moved, padded, strict=True):
@@ -115,8 +113,24 @@ def test_images_are_shifted_and_flipped_whole() -> None:
         seen.add(found[0])
     assert len({down for down, _, _ in seen}) == len({right for _, right, _ in seen}) == 9
     assert {flip for _, _, flip in seen} == {False, True}
-    again, _ = crop_and_flip(images, targets, torch.Generator().manual_seed(0))
-    assert torch.equal(moved, again)
+    assert torch.equal(moved, crop_and_flip(images, torch.Generator().manual_seed(0)))
+
+
+def test_squares_are_blanked(tmp_path: Path) -> None:
+    images = torch.ones(500, 3, 8, 8)
+    blanked = blank(images, 4, torch.Generator().manual_seed(0)) == 0
+    assert torch.equal(blanked[:, 0], blanked[:, 2])
+    rows, columns = blanked[:, 0].any(2).sum(1), blanked[:, 0].any(1).sum(1)
+    assert torch.equal(blanked[:, 0].sum((1, 2)), rows * columns)
+    assert set(rows.tolist()) == set(columns.tolist()) == {2, 3, 4}
+    assert blanked[:, 0].float().mean(0).min() > 0.02
+    write_binary(tmp_path / "a")
+    for cutout in (0, 8):
+        augment = load(root=str(tmp_path / "a"), cutout=cutout).augment
+        assert augment is not None
+        varied, targets = augment(torch.ones(16, 3, 32, 32), torch.arange(16), torch.Generator().manual_seed(0))
+        assert torch.equal(targets, torch.arange(16))
+        assert bool((varied[:, :, 12:20, 12:20] == 0).any()) is (cutout > 0)
 
 
 def test_real_images(shared: Path) -> None:
