@@ -53,6 +53,7 @@ REFERENCES = {
     "rtn": ["rtn", "rtn[bits=3,granularity=group,group_size=16,symmetric=false,calibration=mse]"],
     "ste": ["ste[steps=2,batch_size=16]"],
     "ternary": ["ternary[steps=2,batch_size=16]", "ternary[steps=2,batch_size=16,kind=ttq,activation_bits=4]"],
+    "widen_squeeze": ["widen_squeeze[steps=3,batch_size=16]"],
     "xnor": ["xnor[steps=2,batch_size=16]", "xnor[steps=2,batch_size=16,scale_map=false,edge_bits=null]"],
     "train": [f"train[steps=2,batch_size=16,precision={p}]" for p in ("float32", "bf16", "fp16")],
 }

@@ -64,9 +64,12 @@ def bitat(
         schedule: of the training, with distillation.
 
     Raises:
-        Unsupported: a layer is a transposed convolution; distillation is asked for, and there is no float network or
-            its outputs are not logits; signs are asked for, and an input is never negative.
+        Unsupported: a layer is a transposed convolution; moving averages are asked for; distillation is asked for, and
+            there is no float network or its outputs are not logits; signs are asked for, and an input is never
+            negative.
     """
+    if schedule.ema is not None:
+        raise Unsupported("moving averages would mix weights in different bases: leave ema out")
     model.eval()
     chosen = {name: layer for name, layer, bits in select_layers(model, 1, edge_bits, skip) if bits == 1}
     refused = [name for name, layer in chosen.items() if isinstance(layer, TRANSPOSED)]

@@ -240,6 +240,13 @@ def keep_positive(model: nn.Module) -> None:
                     parameter.clamp_(min=SMALLEST)
 
 
+def detach(model: nn.Module) -> None:
+    """Take the quantizers of weights off again: what is left are the weights behind them."""
+    for layer in named_weight_layers(model).values():
+        if weight_quantizer(layer) is not None:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
 def deploy(model: nn.Module) -> None:
     """Put what was learned in place of the quantizers: encodings, and fixed input quantizers."""
     found: dict[int, Encoding] = {}

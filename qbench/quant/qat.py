@@ -70,6 +70,39 @@ def train_quantized(
         Unsupported: distillation is asked for, and there is no float network or its outputs are not logits.
     """
     images = next(iter(data.calibration))
+    attach(model, images, weight, inputs, bits, activation_bits, edge_bits=edge_bits, skip=skip, layer_bits=layer_bits)
+    memory = {} if memory is None else memory
+    history, oscillation = _History(model, memory), Oscillation(model, memory)
+
+    def after(step: Step) -> None:
+        keep_positive(model)
+        update_quantizers(model)
+        history.see(step)
+        oscillation.see(step)
+        if on_step is not None:
+            on_step(step)
+
+    learned = groups or quantizer_groups(schedule)
+    fit(model, data, schedule, objective=objective, groups=learned, on_step=after, memory=memory)
+    history.add()
+    data.record("oscillation", oscillation.record())
+    data.record(name, {**history.record(), "deployed_difference": _deploy(model, images)})
+    return model
+
+
+def attach(
+    model: nn.Module,
+    images: Tensor,
+    weight: WeightFactory,
+    inputs: InputFactory,
+    bits: int,
+    activation_bits: int | None,
+    *,
+    edge_bits: int | None = None,
+    skip: tuple[str, ...] = (),
+    layer_bits: Mapping[str, int] | None = None,
+) -> None:
+    """Put quantizers on weights and inputs, and let them see the first images; arguments as for `train_quantized`."""
     chosen = list(select_layers(model, bits, edge_bits, skip, layer_bits))
     fed = (
         list(select_layers(model, activation_bits, edge_bits, skip, layer_bits, for_inputs=True))
@@ -94,23 +127,6 @@ def train_quantized(
             quantize_input(layer, quantizer)
     with torch.no_grad():
         model(images)
-    memory = {} if memory is None else memory
-    history, oscillation = _History(model, memory), Oscillation(model, memory)
-
-    def after(step: Step) -> None:
-        keep_positive(model)
-        update_quantizers(model)
-        history.see(step)
-        oscillation.see(step)
-        if on_step is not None:
-            on_step(step)
-
-    learned = groups or quantizer_groups(schedule)
-    fit(model, data, schedule, objective=objective, groups=learned, on_step=after, memory=memory)
-    history.add()
-    data.record("oscillation", oscillation.record())
-    data.record(name, {**history.record(), "deployed_difference": _deploy(model, images)})
-    return model
 
 
 def _in_float32(_quantizer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

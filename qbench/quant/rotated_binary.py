@@ -62,6 +62,12 @@ class RotatedBinaryWeight(nn.Module):
         self.ends = [self.kept, *(self.kept + end for end in accumulate(self._groups(importance.mean(0)[self.kept :])))]
         self.waiting.fill_(False)
 
+    def get_extra_state(self) -> list[int]:
+        return self.ends
+
+    def set_extra_state(self, state: list[int]) -> None:
+        self.ends = state
+
     def _groups(self, importance: Tensor) -> list[int]:
         """How many axes are in each group, of (n,) in descending order."""
         if not len(importance):

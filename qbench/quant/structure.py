@@ -24,6 +24,7 @@ _BUILT_IN = {
     "reparameterize": "qbench.quant.merging",
     "rprelu": "qbench.quant.rectifiers",
     "scale_map": "qbench.quant.scale_map",
+    "select_channels": "qbench.quant.channel_selection",
     "shortcuts": "qbench.quant.shortcuts",
     "split_channels": "qbench.quant.splitting",
 }

@@ -219,6 +219,12 @@ class _Training:
         return known | {"elapsed": time.monotonic() - self.began}
 
 
+def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The records of trainings that followed each other as one."""
+    lists = {key for key, value in records[0].items() if isinstance(value, list)}
+    return records[0] | {key: [value for record in records for value in record[key]] for key in lists}
+
+
 def steps_per_epoch(train: Training, batch_size: int) -> int:
     """How many batches `Training.epoch` yields."""
     return max(1, train.images // batch_size)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qbench.data import Batches, Data, Training
 from qbench.errors import UserError
+from qbench.methods.bitat import bitat
+from qbench.methods.deep_compression import deep_compression
 from qbench.methods.lsq import lsq
 from qbench.models.base import cross_entropy
 from qbench.quant.checkpoints import Checkpoints
@@ -81,11 +83,19 @@ def twice(data: Data) -> nn.Module:
     return fit(plain(data), data, Schedule(steps=4, batch_size=16))
 
 
+def layer_by_layer(data: Data) -> nn.Module:
+    return bitat(network(), data, edge_bits=None, schedule=Schedule(steps=12, batch_size=16, distillation=0.5))
+
+
+def pruned(data: Data) -> nn.Module:
+    return deep_compression(network(), data, bits=2, schedule=Schedule(steps=12, batch_size=16))
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("train", [plain, quantized, twice])
+@pytest.mark.parametrize("train", [plain, quantized, twice, layer_by_layer, pruned])
 def test_a_broken_training_goes_on_to_the_same_weights(train: Callable[[Data], nn.Module], tmp_path: Path) -> None:
     data, whole = make_data(None)
     expected = train(data)
