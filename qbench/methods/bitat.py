@@ -14,6 +14,7 @@ from qbench.errors import Unsupported
 from qbench.quant.binary import BinaryInput
 from qbench.quant.calls import Args, first_of, watch_calls
 from qbench.quant.fakequant import LearnedInput, LearnedWeight, weight_quantizer
+from qbench.quant.free_weights import free_weight
 from qbench.quant.gram import Sampling, grams
 from qbench.quant.layers import TRANSPOSED, select_layers
 from qbench.quant.one_bit import EdgeBits
@@ -123,7 +124,7 @@ def _rotate(model: nn.Module, name: str, data: Data) -> None:
     with evaluating(model):
         for images in data.calibration.first(min(_IMAGES, data.calibration.images)):
             watch_calls(model, images, {name: layer}, see)
-        weight = layer.get_parameter("parametrizations.weight.original")
+        weight = free_weight(layer)
         gram = torch.eye(weight[0].numel(), device=weight.device)
         if inputs:
             sums = grams(layer, inputs, sampling=Sampling(rows=_ROWS, seed=data.seed), for_errors=False)

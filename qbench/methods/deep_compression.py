@@ -12,6 +12,7 @@ from qbench.methods.compress import compress
 from qbench.methods.prune import prune
 from qbench.quant.coding import Coder
 from qbench.quant.fakequant import LearnedInput, weight_quantizer
+from qbench.quant.free_weights import free_weight
 from qbench.quant.layers import named_weight_layers
 from qbench.quant.learned_codebook import LearnedCodebook
 from qbench.quant.qat import train_quantized
@@ -85,4 +86,4 @@ def _cluster(model: nn.Module) -> None:
     for layer in named_weight_layers(model).values():
         quantizer = weight_quantizer(layer)
         if isinstance(quantizer, LearnedCodebook) and quantizer.waiting:
-            quantizer.cluster(layer.get_parameter("parametrizations.weight.original"))
+            quantizer.cluster(free_weight(layer))
