@@ -80,6 +80,9 @@ def show(
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Write KEY.png: boxes, where they differ most from the float network's.")
     ] = False,
+    pyperf: Annotated[
+        Path | None, typer.Option(help="Write the latencies to this file, for pyperf's compare_to.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show all that one run left, and draw how its training went."""
@@ -90,18 +93,21 @@ def show(
         return
     from qbench import reports
 
-    reports.show(key, results, out, as_json=as_json)
+    reports.show(key, results, out, pyperf=pyperf, as_json=as_json)
 
 
 @app.command()
 def board(
     folders: Annotated[list[Path], typer.Argument(help="Folders of results: results/quickstart.", show_default=False)],
+    profile: Annotated[
+        str | None, typer.Option(help="Of hardware: rank only what it can execute, and print that.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge the results again: write LEADERBOARD.md and leaderboard.csv, and print the table."""
     from qbench import reports
 
-    reports.board(folders, as_json=as_json)
+    reports.board(folders, profile=profile, as_json=as_json)
 
 
 @app.command("list")

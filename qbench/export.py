@@ -164,15 +164,14 @@ def _agreement(model: nn.Module, written: Written, images: Tensor) -> float:
 
 
 def _write_onnx(model: nn.Module, example: Tensor, folder: Path) -> Written:
-    from qbench.runtimes.onnx_graph import INPUT, OPSET, import_onnx, to_onnx
+    from qbench.runtimes.files import write_onnx
+    from qbench.runtimes.onnx_graph import INPUT, OPSET, import_onnx
     from qbench.runtimes.onnxruntime import open_session
 
+    path = write_onnx(model, example, folder, dynamic=True)
     onnx = import_onnx()
-    graph = to_onnx(model, example, dynamic=True)
-    path = folder / "model.onnx"
-    path.write_bytes(graph.SerializeToString())
     stored: Counter[str] = Counter()
-    for tensor in graph.graph.initializer:
+    for tensor in onnx.load(path).graph.initializer:
         stored[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += len(tensor.raw_data)
     session = open_session(str(path), optimize=False)
     return Written(
@@ -185,12 +184,11 @@ def _write_onnx(model: nn.Module, example: Tensor, folder: Path) -> Written:
 
 
 def _write_openvino(model: nn.Module, example: Tensor, folder: Path) -> Written:
-    from qbench.runtimes.openvino import import_openvino, to_openvino
+    from qbench.runtimes.files import write_openvino
+    from qbench.runtimes.openvino import import_openvino
 
-    network, _, _ = to_openvino(model, example)
+    path = write_openvino(model, example, folder)
     ov = import_openvino()
-    path = folder / "model.xml"
-    ov.save_model(network, path, compress_to_fp16=False)
     core = ov.Core()
     reread = core.read_model(path)
     stored: Counter[str] = Counter()

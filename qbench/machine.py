@@ -17,12 +17,26 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "datasets", "openvino", "faster-coco-eval", "safetensors")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "datasets",
+    "openvino",
+    "onnx",
+    "onnxruntime",
+    "faster-coco-eval",
+    "safetensors",
+)
 FLAGS = (
     *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "avx512_bf16", "avx512_fp16"),
     *("amx_int8", "amx_bf16", "amx_fp16", "asimddp", "i8mm", "sve"),
 )
 """Processor features that decide how fast, and on old ones how exactly, small numbers are multiplied."""
+
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Variables that keep oneDNN, in OpenVINO and in PyTorch, from using all of these features."""
 
 
 def machine() -> dict[str, Any]:
@@ -42,6 +56,7 @@ def _constant() -> dict[str, Any]:
         "os": platform.platform(),
         "cpu": cpu,
         "cpu_flags": [flag for flag in FLAGS if flag in flags],
+        "cpu_limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "cores": len(affinity),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": _gpu(),

@@ -43,6 +43,10 @@ COLUMNS: list[tuple[str, str, Cell]] = [
     ("ratio", "size", _number("compression_ratio", ".2f")),
     ("coverage % W / MAC", "coverage", lambda c: _coverage(c)),
     ("int8 / float latency", "latency", lambda c: _latency(c)),
+    ("images / s", "throughput", lambda c: _throughput(c)),
+    ("peak MiB", "memory", lambda c: _memory(c)),
+    ("deployed", "parity", lambda c: _deployed(c)),
+    ("fits", "placement", lambda c: c.get("fits")),
     ("cost s", "cost", _number("cost_seconds", ".1f")),
     ("train step / float", "training_time", _interval("step_ratio", ".2f")),
     ("training time saved %", "training_time", _number("training_time_reduction_percent", "+.0f")),
@@ -51,6 +55,8 @@ COLUMNS: list[tuple[str, str, Cell]] = [
     ("loss / float: equal time", "training_time", lambda c: _losses(c, "time")),
     ("from scratch s", "cost", lambda c: _from_scratch(c)),
     ("mJ / image", "energy", _number("energy_mj", ".2f")),
+    ("model of energy / float", "operations", _number("modelled_energy_ratio", ".3f")),
+    ("possible, achieved latency / float", "roofline", lambda c: _roofline(c)),
 ]
 
 
@@ -77,6 +83,28 @@ def _latency(cells: dict[str, Any]) -> str | None:
     if "latency_ratio" not in cells and "float_latency_ms" in cells:
         return f"1 ({cells['float_latency_ms']:.2f} ms)"
     return _interval("latency_ratio", ".2f")(cells)
+
+
+def _throughput(cells: dict[str, Any]) -> str | None:
+    return _number("images_per_second", ".1f")(cells) or _number("float_images_per_second", ".1f")(cells)
+
+
+def _memory(cells: dict[str, Any]) -> str | None:
+    mib = 1 / 2**20
+    return _number("memory_bytes", ".0f", mib)(cells) or _number("float_memory_bytes", ".0f", mib)(cells)
+
+
+def _roofline(cells: dict[str, Any]) -> str | None:
+    if "roofline_ratio" not in cells:
+        return None
+    return f"{cells['roofline_ratio']:.2f}, {cells['roofline_achieved_ratio'].estimate:.2f}"
+
+
+def _deployed(cells: dict[str, Any]) -> str | None:
+    """The score of what a runtime executes, and which."""
+    if "deployed_score" not in cells:
+        return None
+    return f"{100 * cells['deployed_score']:.2f} ({cells['deployed_runtime']}, {cells['deployed_sqnr_db']:.0f} dB)"
 
 
 def publish(boards: list[Table], folder: Path, *, title: str, description: str = "") -> Path:
@@ -121,7 +149,7 @@ def _line(
     name = row.recipe if len(row.results) == 1 else f"{row.recipe} ({len(row.results)} seeds)"
     score = NOT_MEASURED if row.score is None else f"{100 * row.score:.2f}"
     reference = board.reference is row
-    name += " (reference)" if reference else " ⚠" if row.alarms else ""
+    name += " (reference)" if reference else " ⚠" if row.alarms or row.warnings else ""
     line = [row.rank, name, _bits(row), score, _drop(row.drop)]
     for _, metric, cell in shown:
         text = cell(row.cells)
@@ -134,7 +162,9 @@ def _line(
         line.append(text)
     line += [NOT_MEASURED if key not in row.cells else f"{row.cells[key]:.4g}" for key in extra]
     status = row.status
-    if status != "ok":
+    if row.outside:
+        status = f"outside <sup>{notes.setdefault(f'{row.recipe}: {row.outside[0]}', len(notes) + 1)}</sup>"
+    elif status != "ok":
         error = next(r.error for r in row.results if r.status != "ok")
         status += f" <sup>{notes.setdefault(f'{row.recipe}: {_first_line(error)}', len(notes) + 1)}</sup>"
     return [*line, status]
@@ -158,9 +188,10 @@ def _drop(drop: Interval | None) -> str:
 
 
 def _alarms(rows: list[Row]) -> list[str]:
-    """One line for each pair of rows in the wrong order."""
+    """One line for each pair of rows in the wrong order, and for each other warning."""
     lines = []
     for row in rows:
+        lines += [f"⚠ {row.recipe}: {warning}" for warning in row.warnings]
         for alarm in row.alarms:
             worse, better = (f"{r.recipe} ({100 * (r.score or 0):.2f})" for r in (row, alarm.other))
             d = alarm.difference
@@ -216,6 +247,7 @@ def _machine(result: Result) -> str:
         p.get("cpu"),
         f"{p['cores']} cores" if "cores" in p else None,
         " ".join(p.get("cpu_flags", [])),
+        " ".join(f"{name}={value}" for name, value in p.get("cpu_limits", {}).items()),
         p.get("gpu"),
     ]
     return ", ".join(part for part in parts if part)
@@ -249,7 +281,7 @@ def _record(board: Table, row: Row) -> dict[str, Any]:
         "rank": row.rank,
         "status": row.status,
         "score": row.score,
-        "alarm": "; ".join(f"{alarm.how}, worse than {alarm.other.recipe}" for alarm in row.alarms),
+        "alarm": "; ".join([*(f"{a.how}, worse than {a.other.recipe}" for a in row.alarms), *row.warnings]),
     }
     for name, value in {"difference": row.drop, **row.cells}.items():
         if isinstance(value, Interval):

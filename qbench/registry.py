@@ -46,8 +46,15 @@ _METHOD = AfterValidator(lambda text: str(resolve("method", *parse(text))))
 MethodReference = Annotated[str, _METHOD]
 """Option type: another method, as `name[option=value]`, whose source then counts as the plugin's own."""
 
-_FILE = object()
-DataFile = Annotated[str | None, _FILE]
+
+class File:
+    """Marks an option that names a file; `find` says where it is."""
+
+    def __init__(self, find: Callable[[str], Path] = Path) -> None:
+        self.find = find
+
+
+DataFile = Annotated[str | None, File()]
 """Option type: the path of a file, whose content then counts as part of the option; None means none."""
 
 _PACKAGE = Path(__file__).parent
@@ -151,8 +158,11 @@ class Reference:
     def files(self) -> dict[str, str]:
         """Hashes of the files that its options name, where these exist."""
         fields = self.plugin.schema.model_fields
-        named = [Path(value) for key, value in self.options.items() if value and _FILE in fields[key].metadata]
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in named if path.is_file()}
+        marks = {key: m for key in self.options for m in fields[key].metadata if isinstance(m, File)}
+        paths = {self.options[key]: mark.find(self.options[key]) for key, mark in marks.items() if self.options[key]}
+        return {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path.is_file()
+        }
 
     def with_options(self, **options: Any) -> Reference:
         """The same with these options.

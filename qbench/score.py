@@ -75,6 +75,20 @@ def score(
     return collect.outcomes(), notes
 
 
+def execute(forward: Forward, model: Model, images: ImageArray, batch_size: int) -> dict[str, np.ndarray]:
+    """The outcomes, as of `score`, of any function on the CPU that answers like the network.
+
+    Args:
+        forward: takes (B, C, H, W), B at most `batch_size`.
+        model: the float model's plugin, for decoding.
+        images: the evaluation images.
+        batch_size: images for each call.
+    """
+    collect = _Detected(model, images) if model.task == "detection" else _Classified(images)
+    _run(forward, images, batch_size, torch.device("cpu"), collect)
+    return collect.outcomes()
+
+
 def _fastest(
     module: nn.Module, images: ImageArray, size: int, device: torch.device, threads: int
 ) -> tuple[Forward, str]:

@@ -205,8 +205,10 @@ class Worker:
             self.emit(phase="measure", metric=key)
             finished = finished or self._finished()
             self.result.metrics[key] = self._measurement(reference, finished)
+            arrays = self.result.metrics[key].values.pop("outcomes", {})
+            self.outcomes |= {f"{key}/{name}": array for name, array in arrays.items()}
             self.result.phase = "done"
-            self.store.write(self.result)
+            self.store.write(self.result, self.outcomes if arrays else None)
 
     def _finished(self) -> Finished:
         space = self._workspace()

@@ -14,6 +14,7 @@ REFERENCES = {
         "activations[mode=static]",
         "activations[mode=dynamic,granularity=token]",
         "activations[bits=4,matmuls=true,softmax=log_sqrt2]",
+        "activations[placement=every_edge]",
     ],
     "adaquant": ["adaquant[steps=2]"],
     "apot_qat": ["apot_qat[steps=2,batch_size=16]"],

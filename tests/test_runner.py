@@ -101,6 +101,9 @@ def test_misbehaving_plugins_become_labelled_rows(tmp_path: Path) -> None:
     assert "structure operations" in (found["restructures"].error or "")
     metrics = found["rtn"].metrics
     assert metrics["answers"].values == {"value": 42.0}
+    arrays = Store(tmp_path / "results" / "s").outcomes(found["rtn"].key)
+    assert arrays["answers/each"].tolist() == [0, 1, 2]
+    assert arrays["correct"].dtype == bool
     assert metrics["aborts"].status == "crashed"
     assert metrics["top1"].status == "ok"
     assert all(gone(int(pid)) for pid in pids.read_text().split())

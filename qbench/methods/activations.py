@@ -8,6 +8,8 @@ from torch import nn
 from qbench.data import Data
 from qbench.errors import Unsupported, UserError
 from qbench.quant.activations import DynamicQuantizer, StaticQuantizer, quantize_input
+from qbench.quant.edges import edges
+from qbench.quant.edges import expose as expose_edges
 from qbench.quant.input_histograms import input_histograms
 from qbench.quant.layers import select_layers
 from qbench.quant.log_quantizer import LogQuantizer
@@ -29,6 +31,7 @@ def activations(
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99,
     power_of_two: bool = False,
     symmetric: bool = False,
+    placement: Literal["inputs", "every_edge"] = "inputs",
     matmuls: bool = False,
     softmax: Literal["uniform", "log2", "log_sqrt2"] = "uniform",
     edge_bits: EdgeBits = None,
@@ -52,6 +55,8 @@ def activations(
         percentile: cut off at either end of a static range, in percent.
         power_of_two: every static scale is the power of two, near the calibrated one, with the least squared error.
         symmetric: signed codes with zero point 0, where there are negative values.
+        placement: `inputs` of layers alone, as OpenVINO has integer kernels for, or also what sums, products and
+            concatenations of activations and pools read: `every_edge`, as ONNX Runtime and integer hardware take it.
         matmuls: quantize the operands of products of activations (queries, keys, softmax, values), too. Dynamic ranges
             of operands are one an image.
         softmax: of the operands that a softmax returns: a uniform grid, or powers of two (in the manner of FQ-ViT,
@@ -60,8 +65,8 @@ def activations(
         skip: names, or first parts of names, of layers whose input stays in float.
 
     Raises:
-        Unsupported: tokens without a linear layer, or static tokens; no products of activations, or some that cannot
-            be taken out of their function.
+        Unsupported: tokens without a linear layer, or static tokens; no products of activations; or some, or sums, that
+            cannot be taken out of their function.
         UserError: a logarithmic softmax without static operands.
     """
     if granularity == "token" and mode == "static":
@@ -76,6 +81,9 @@ def activations(
     if matmuls:
         expose(model, data.example)
         layers |= operands(model, skip)
+    if placement == "every_edge":
+        expose_edges(model, data.example)
+        layers |= edges(model, skip)
     batches = data.calibration if mode == "static" else data.calibration.first(1)
     reached = input_histograms(model, layers, data, batches)
     probabilities = origins(model, data.example, ["_softmax"], operands(model)) if softmax != "uniform" else {}

@@ -150,6 +150,11 @@ def _greedy(overlap: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndar
     return true, ignored
 
 
+def average_precision(matches: Matches) -> float:
+    """AP at IoU .50:.95, in [0, 1]."""
+    return float(ap_from_matches(matches, np.ones((1, len(matches.objects))))[0])
+
+
 def ap_from_matches(matches: Matches, image_weights: np.ndarray) -> np.ndarray:
     """AP at IoU .50:.95, for several weightings of the images at once.
 
@@ -206,8 +211,7 @@ def paired_interval(
     """
     if not np.array_equal(a.objects, b.objects):
         raise ValueError(f"paired runs must have the same images: {a.objects.shape} and {b.objects.shape}")
-    ones = np.ones((1, len(a.objects)))
-    difference = ap_from_matches(a, ones)[0] - ap_from_matches(b, ones)[0]
+    difference = average_precision(a) - average_precision(b)
     drawn = a.replicates(replicates, seed) - b.replicates(replicates, seed)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(difference), float(low), float(high)
+    return difference, float(low), float(high)

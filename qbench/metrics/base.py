@@ -14,12 +14,17 @@ from qbench.data import Data
 from qbench.datasets.base import Dataset
 from qbench.datasets.images import ImageArray
 from qbench.models.base import Model
+from qbench.quant import structure
 from qbench.quant.packing import Sizes
+from qbench.runtimes.integers import is_quantized
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run. A metric returns JSON-able raw measurements of it, or raises `Unsupported("why")`."""
+    """A finished run. A metric returns JSON-able raw measurements of it, or raises `Unsupported("why")`.
+
+    Arrays under the key `outcomes` are kept with the run's own, under the metric's name.
+    """
 
     model: Model
     """The float model's plugin: preprocessing, loss, decoding."""
@@ -45,3 +50,8 @@ class Finished:
     """Cores that this run may use."""
     cache: Path
     """Folder for what may be kept between runs."""
+
+    @property
+    def is_reference(self) -> bool:
+        """Nothing is quantized, nor is the structure another: it is the float network."""
+        return not (is_quantized(self.quantized) or structure.record(self.quantized))

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from qbench import registry
 from qbench.metrics.base import Finished
 from qbench.metrics.joules import Counter, counter
 from qbench.registry import metric
+from qbench.runtimes.choice import AUTO, RuntimeChoice, engines
 from qbench.runtimes.pair import deploy
 
 Window = dict[str, float]
@@ -24,7 +24,7 @@ Window = dict[str, float]
 def energy(
     finished: Finished,
     *,
-    runtime: str = "openvino",
+    runtime: RuntimeChoice = AUTO,
     batch_size: Annotated[int, Field(ge=1)] = 1,
     threads: Annotated[int, Field(ge=1)] = 1,
     rounds: Annotated[int, Field(ge=3)] = 8,
@@ -38,7 +38,7 @@ def energy(
 
     Args:
         finished: the run.
-        runtime: that executes both.
+        runtime: that executes both; `auto` is the one that executes the quantized network fastest.
         batch_size: images per call.
         threads: of the runtime.
         rounds: windows of each kind.
@@ -47,8 +47,11 @@ def energy(
     Raises:
         Unsupported: there is no counter that may be read, or the network is not deployable as integers.
     """
-    meter = counter(registry.resolve("runtime", *registry.parse(runtime))().device)
+    devices = {engine.device for engine in engines(runtime).values()}
+    for device in devices:
+        counter(device)  # nothing is compiled where nothing can be measured
     deployed = deploy(finished, runtime, batch_size, threads)
+    meter = counter(deployed.engine.device)
     calls = {name: partial(network.run, deployed.batch) for name, network in deployed.networks.items()}
     windows = alternate(calls, meter, images=batch_size, rounds=rounds, seconds=seconds)
     return {**deployed.facts, "counter": meter.name, "windows": windows}

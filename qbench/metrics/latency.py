@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch.utils._pytree import tree_structure, tree_unflatten
 
-from qbench.errors import Unsupported, UserError
+from qbench.errors import Unsupported
 from qbench.metrics.base import Finished
 from qbench.registry import metric
+from qbench.runtimes.choice import AUTO, RuntimeChoice
 from qbench.runtimes.pair import deploy
-
-if TYPE_CHECKING:
-    import pyperf
-
-    from qbench.run import Result
-
-SERIES = ("quantized", "float", "float_again")
-_SHORTEST = 0.002  # seconds of a sample: shorter ones say more about the clock and the call than about the network
-_FEWEST = 5  # rounds that are measured even when the budget is spent
+from qbench.runtimes.timing import interleave
 
 
 @metric("latency", unit="ms", direction="lower", exclusive=True)
 def latency(
     finished: Finished,
     *,
-    runtime: str = "openvino",
+    runtime: RuntimeChoice = AUTO,
     batch_size: Annotated[int, Field(ge=1)] = 1,
     threads: Annotated[int, Field(ge=1)] = 1,
     samples: Annotated[int, Field(ge=5)] = 60,
@@ -51,7 +42,7 @@ def latency(
 
     Args:
         finished: the run.
-        runtime: that executes both.
+        runtime: that executes both; `auto` is the one that executes the quantized network fastest.
         batch_size: images per call.
         threads: of the runtime.
         samples: rounds.
@@ -77,63 +68,3 @@ def _to_boxes(finished: Finished, run: Callable[[], list[np.ndarray]], threads: 
     torch.set_num_threads(threads)
     structure = tree_structure(finished.quantized(finished.data.example))
     return lambda: decode(tree_unflatten([torch.from_numpy(output) for output in run()], structure))
-
-
-def interleave(
-    calls: Mapping[str, Callable[[], object]], *, samples: int, warmup: int, seconds: float
-) -> tuple[int, dict[str, list[float]]]:
-    """Time each call once a round, in an order that rotates from round to round.
-
-    Returns:
-        How often each is called per sample, and the seconds per call of each round.
-    """
-    names = list(calls)
-    quickest = min(_timed(calls[name], 1) for _ in range(warmup) for name in names)
-    loops = max(1, math.ceil(_SHORTEST / max(quickest, 1e-9)))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
-    for number in range(samples):
-        if number >= _FEWEST and time.perf_counter() > end:
-            break
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(_timed(calls[name], loops))
-    return loops, times
-
-
-def _timed(call: Callable[[], object], loops: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(loops):
-        call()
-    return (time.perf_counter() - begin) / loops
-
-
-def to_pyperf(result: Result) -> pyperf.BenchmarkSuite:
-    """The latencies of a result for pyperf's own tools (`show`, `stats`, `check`, `compare_to`).
-
-    Benchmarks are named `<dataset>/<model>/<metric>/<series>`, without the recipe, so that two recipes compare.
-
-    Raises:
-        UserError: the result has no latency.
-    """
-    import pyperf
-
-    where = "/".join(result.label.split("/")[:2])
-    benchmarks = []
-    for name, measured in result.metrics.items():
-        if name.partition("[")[0] != "latency" or measured.status != "ok":
-            continue
-        for series in SERIES:
-            if series in measured.values:
-                metadata = {
-                    "name": f"{where}/{name}/{series}",
-                    "unit": "second",
-                    "loops": measured.values["loops"],
-                    "description": result.label,
-                    "cpu_model_name": result.provenance.get("cpu", "unknown"),
-                }
-                run = pyperf.Run(measured.values[series], metadata=metadata, collect_metadata=False)
-                benchmarks.append(pyperf.Benchmark([run]))
-    if not benchmarks:
-        raise UserError(f"{result.label} has no latency; add `latency` to the suite's metrics and run it again")
-    return pyperf.BenchmarkSuite(benchmarks)

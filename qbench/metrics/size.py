@@ -1,24 +1,37 @@
 """Bits and bytes of the artifact."""
 
-from typing import Any
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from qbench.errors import Unsupported
 from qbench.metrics.base import Finished
 from qbench.quant.coding import entropy, hac
 from qbench.quant.encodings import Affine, Cast, Codebook, Encoding, VectorCodebook, leaves
 from qbench.quant.layers import encodings
 from qbench.registry import metric
+from qbench.runtimes.files import write_onnx, write_openvino
+
+Format = Literal["onnx", "openvino"]
 
 
 @metric("size", unit="MiB", direction="lower")
-def size(finished: Finished) -> dict[str, Any]:
+def size(finished: Finished, *, formats: tuple[Format, ...] = ()) -> dict[str, Any]:
     """Bytes of the artifact: nominal, packed, and on disk, beside the float model's.
 
     `covered_*` counts the quantized tensors alone: their numbers, the bits of their codes, the bytes of codes, scales,
     zero points and codebooks, and the bytes they had in float32. `coding` is what lossless coders of these codes could
-    reach, and what HAC and sHAC would take as their paper counts.
+    reach, and what HAC and sHAC would take as their paper counts; `gzip_bytes` is what gzip makes of the artifact.
+    `formats` has the bytes of the network's files in each of them, and of the float network's, or the `reason` why
+    there are none.
+
+    Args:
+        finished: the run.
+        formats: in which the network is written, too: files for ONNX Runtime, or for OpenVINO.
     """
     covered = encodings(finished.quantized)
     parts = [tensor for encoding in covered.values() for tensor in encoding.tensors().values()]
@@ -29,6 +42,7 @@ def size(finished: Finished) -> dict[str, Any]:
         "nominal_bytes": finished.sizes.nominal_bits / 8,
         "packed_bytes": finished.sizes.packed_bytes,
         "file_bytes": finished.sizes.file_bytes,
+        "gzip_bytes": _gzipped(finished.artifact),
         "float_bytes": finished.float_bytes,
         "weights": finished.sizes.weights,
         "covered_weights": numbers,
@@ -36,7 +50,34 @@ def size(finished: Finished) -> dict[str, Any]:
         "covered_bytes": sum(tensor.numel() * tensor.element_size() for tensor in parts),
         "covered_float_bytes": 4 * numbers,
         "coding": _coding([leaf for encoding in covered.values() for leaf in leaves(encoding)]),
+        "formats": {name: _exported(finished, name) for name in formats},
     }
+
+
+def _gzipped(path: Path) -> int:
+    """Bytes of the file behind gzip, without keeping them."""
+    packer, total = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total += len(packer.compress(chunk))
+    return total + len(packer.flush())
+
+
+def _exported(finished: Finished, name: Format) -> dict[str, Any]:
+    example = finished.data.example.cpu()
+    found: dict[str, Any] = {}
+    for key, network in (("bytes", finished.quantized), ("float_bytes", finished.load_float())):
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
+            try:
+                if name == "onnx":
+                    write_onnx(network, example, folder, dynamic=True)
+                else:
+                    write_openvino(network, example, folder)
+            except Unsupported as error:
+                return {"reason": str(error)}
+            found[key] = sum(path.stat().st_size for path in folder.iterdir())
+    return found
 
 
 def _coding(parts: list[Encoding]) -> dict[str, float]:

@@ -19,6 +19,7 @@ _BUILT_IN = {
     "add_bias": "qbench.quant.biases",
     "channel_clip": "qbench.quant.channel_clip",
     "drop_rectifier": "qbench.quant.rectifiers",
+    "expose_edges": "qbench.quant.edges",
     "expose_matmuls": "qbench.quant.matmuls",
     "fold_bn": "qbench.quant.folding",
     "reparameterize": "qbench.quant.merging",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -50,3 +50,17 @@ def flatten(outputs: Any) -> list[Tensor]:
         return [outputs]
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     return [tensor for value in values for tensor in flatten(value)]
+
+
+def unflatten(template: Any, tensors: Iterable[Tensor]) -> Any:
+    """The inverse of `flatten`: the tensors in lists, tuples and dicts like those of the template."""
+    return _refill(template, iter(tensors))
+
+
+def _refill(template: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(template, Tensor):
+        return next(tensors)
+    if isinstance(template, Mapping):
+        return {key: _refill(value, tensors) for key, value in template.items()}
+    filled = [_refill(value, tensors) for value in template]
+    return filled if isinstance(template, list) else tuple(filled)

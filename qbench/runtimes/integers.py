@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from qbench.errors import Unsupported
 from qbench.quant.activations import StaticQuantizer, input_quantizer, input_quantizers, quantize_input
+from qbench.quant.edges import edges
 from qbench.quant.encodings import Affine, Encoding
 from qbench.quant.layers import encodings, full_name, named_weight_layers, output_axis
 from qbench.quant.matmuls import MatMul, operands, products
@@ -42,9 +43,11 @@ def judge(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     layers = named_weight_layers(model)
     reasons = {name: why_float(layer, attached.get(full_name(name, "weight"))) for name, layer in layers.items()}
     floats = {name: reason for name, reason in reasons.items() if reason is not None}
-    factors = operands(model)
-    for name in input_quantizers(model):
-        if name not in layers and name not in factors:
+    factors, others = operands(model), edges(model)
+    for name, quantizer in input_quantizers(model).items():
+        if name in others and (simulated := _why_float_input(quantizer)) is not None:
+            raise Unsupported(f"{NOT}sums, joins or pools with {simulated} ({name})")
+        if name not in layers and name not in factors and name not in others:
             raise Unsupported(f"{NOT}{name} has a quantizer but is no convolution or linear layer")
     if floats and len(floats) == len(layers):
         reason, count = Counter(floats.values()).most_common(1)[0]
@@ -151,7 +154,7 @@ class _IntegerInput(nn.Module):
 
 
 def with_integers(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """A copy on the CPU where `names` have weights made of int8 codes, and inputs or operands quantized to 8 bits."""
+    """A copy on the CPU where `names` have weights made of int8 codes, and all that is quantized has 8 bits."""
     attached = encodings(model)
     copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name in names:
@@ -164,6 +167,9 @@ def with_integers(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
         assert isinstance(encoding, Affine)
         parametrize.register_parametrization(layer, "weight", _IntegerWeight(encoding), unsafe=True)
         _quantize_as_integers(layer)
+    for edge in edges(copied).values():
+        if input_quantizer(edge) is not None:
+            _quantize_as_integers(edge)
     return copied
 
 

@@ -6,7 +6,8 @@ import copy
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -47,17 +48,16 @@ class _OpenVino:
                 "INFERENCE_PRECISION_HINT": "f32",
             },
         )
-        kernels = _kernels(network)
-        verified = sum(_is_integer(primitive) for primitive, _ in kernels)
+        kernels = _kernels(network, integer)
+        verified = sum(kernel.integer for kernel in kernels)
         if integer and not verified:
             raise Unsupported(
                 f"{NOT}OpenVINO runs none of the {len(integer)} integer layers with an integer kernel here"
             )
         lost = {
-            name: f"OpenVINO has no integer kernel for it here: it takes {primitive}"
-            for primitive, names in kernels
-            if not _is_integer(primitive)
-            for name in names & set(integer)
+            kernel.layer: f"OpenVINO has no integer kernel for it here: it takes {kernel.primitive}"
+            for kernel in kernels
+            if not kernel.integer and kernel.layer in integer
         }
         return Compiled(_runner(network), verified, len(kernels), integer, {**floats, **lost})
 
@@ -97,40 +97,46 @@ def _convert(ov: Any, module: nn.Module, example: Tensor) -> Any:
     return converted
 
 
-def _kernels(network: Any) -> list[tuple[str, set[str]]]:
-    """The primitives that execute convolutions and products, such as `brgconv_avx512_I8`, each with its layer's name.
+@dataclass(frozen=True)
+class _Kernel:
+    """What executes a convolution or a product: a primitive such as `brgconv_avx512_I8`."""
 
-    The name is that of the weight where the layer's own is lost; there is none where neither is kept.
-    """
+    primitive: str
+    layer: str | None
+    """Whose it is: by its own name or, where that is lost, its weight's; None where neither is kept."""
+    integer: bool
+
+
+def _kernels(network: Any, claimed: Collection[str]) -> list[_Kernel]:
     found = []
     for operation in network.get_runtime_model().get_ordered_ops():
         kind, primitive = _info(operation, "layerType"), _info(operation, "primitiveType")
         sources = [port.get_source_output().get_node() for port in operation.inputs()]
         names = _info(operation, "originalLayersNames").split(",")
         if kind in _COMPUTE:
-            constants = [source for source in sources if _info(source, "layerType") == "Const"]
-            names += [name for source in constants for name in _info(source, "originalLayersNames").split(",")]
-            found.append((primitive, _layers(names)))
+            names += [
+                _info(source, "originalLayersNames") for source in sources if _info(source, "layerType") == "Const"
+            ]
+            layer = next((layer for name in names if (layer := _layer(name)) is not None), None)
+            found.append(_Kernel(primitive, layer, primitive.lower().endswith("_i8")))
         elif kind == "Subgraph":
-            # Attention as one kernel; its products are integers if all that it is given is.
-            whole = all(_info(source, "outputPrecisions") in ("i8", "u8") for source in sources)
-            products = [name for name in names if name.endswith("/MatMul")]
-            found += [(primitive if whole else f"{primitive} of floats", _layers([name])) for name in products]
+            # Several products as one kernel, whose name tells the type of its first input, be it an image of floats:
+            # those of integers are given a weight or an operand of integers each.
+            given = sum(_info(source, "outputPrecisions") in ("i8", "u8") for source in sources)
+            layers = [_layer(name) for name in names if name.endswith("/MatMul")]
+            whole = given >= sum(layer in claimed for layer in layers)
+            found += [_Kernel(primitive, layer, whole and layer in claimed) for layer in layers]
     return found
 
 
-def _layers(names: list[str]) -> set[str]:
-    matches = [match for name in names if (match := _NAME.search(name))]
-    return {match[1] or match[2] for match in matches}
+def _layer(name: str) -> str | None:
+    match = _NAME.search(name)
+    return match and (match[1] or match[2])
 
 
 def _info(operation: Any, key: str) -> str:
     text: str = operation.get_rt_info()[key].astype(str)
     return text
-
-
-def _is_integer(primitive: str) -> bool:
-    return primitive.lower().endswith("_i8")
 
 
 def _runner(network: Any) -> Any:

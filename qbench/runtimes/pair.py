@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from qbench import registry
 from qbench.errors import Unsupported
 from qbench.metrics.base import Finished
-from qbench.quant import structure
-from qbench.runtimes.base import Compiled, flatten
-from qbench.runtimes.integers import is_quantized
+from qbench.runtimes.base import Compiled, Runtime, flatten
+from qbench.runtimes.choice import choose
 from qbench.runtimes.saturation import saturates
 
 _AGREEMENT_IMAGES = 16
@@ -27,13 +26,14 @@ class Deployed:
     networks: dict[str, Compiled]
     batch: np.ndarray
     """(B, C, H, W) calibration images."""
-    device: Literal["cpu", "cuda"]
+    engine: Runtime
+    """That compiled them."""
     facts: dict[str, Any]
-    """What ran: counts of layers, and agreement with the scored network."""
+    """What ran, and why: runtimes considered, counts of layers, agreement with the scored network, seconds it took."""
 
 
 def deploy(finished: Finished, runtime: str, batch_size: int, threads: int) -> Deployed:
-    """Compile both networks.
+    """Compile both networks for the runtime; `auto` is the one that executes the quantized network fastest.
 
     Raises:
         Unsupported: the quantized network cannot run for real, or there are fewer cores than threads.
@@ -41,18 +41,18 @@ def deploy(finished: Finished, runtime: str, batch_size: int, threads: int) -> D
     """
     if threads > finished.threads:
         raise Unsupported(f"threads={threads}, but this run may use {finished.threads} cores")
-    engine = registry.resolve("runtime", *registry.parse(runtime))()
+    begin = time.perf_counter()
     (example,) = finished.data.calibration.first(batch_size, batch_size)
-    networks: dict[str, Compiled] = {}
     scored = finished.quantized
-    if is_quantized(scored) or structure.record(scored):
-        networks["quantized"] = engine.compile(scored, example, threads=threads)
+    choice = choose(runtime, finished.load_float() if finished.is_reference else scored, example, threads)
+    engine, first = choice.taken.engine, choice.taken.compiled
+    networks = {"float" if finished.is_reference else "quantized": first}
     for name in ("float", "float_again"):
-        networks[name] = engine.compile(finished.load_float(), example, threads=threads)
-    first = next(iter(networks.values()))
-    probed = {"saturates": saturates(engine, threads)} if first.integer_layers else {}
+        if name not in networks:
+            networks[name] = engine.compile(finished.load_float(), example, threads=threads)
     facts = {
-        "runtime": runtime,
+        "runtime": choice.taken.name,
+        "considered": choice.considered,
         "batch_size": batch_size,
         "threads": threads,
         "integer_layers": first.integer_layers,
@@ -60,9 +60,10 @@ def deploy(finished: Finished, runtime: str, batch_size: int, threads: int) -> D
         "claimed_layers": len(first.claimed_layers),
         "float_layers": dict(first.float_layers),
         "agreement": agreement(finished, scored, first, batch_size),
-        **probed,
+        **({"saturates": saturates(engine, threads)} if first.integer_layers else {}),
     }
-    return Deployed(networks, np.ascontiguousarray(example.cpu().numpy()), engine.device, facts)
+    facts["preparing_seconds"] = time.perf_counter() - begin
+    return Deployed(networks, np.ascontiguousarray(example.cpu().numpy()), engine, facts)
 
 
 @torch.no_grad()
@@ -83,22 +84,23 @@ def agreement(finished: Finished, scored: nn.Module, compiled: Compiled, batch_s
     noise: list[float] = []
     same = 0
     for images in calibration.first(count, batch_size):
-        wanted = _rows([tensor.cpu().numpy() for tensor in flatten(scored(images))])
-        moved = _rows([tensor.cpu().numpy() for tensor in flatten(scored(images * (1 + 1e-6)))])
-        found = _rows(compiled.run(np.ascontiguousarray(images.cpu().numpy())))
-        differences += _distances(found, wanted)
-        noise += _distances(moved, wanted)
+        wanted = rows_of([tensor.cpu().numpy() for tensor in flatten(scored(images))])
+        moved = rows_of([tensor.cpu().numpy() for tensor in flatten(scored(images * (1 + 1e-6)))])
+        found = rows_of(compiled.run(np.ascontiguousarray(images.cpu().numpy())))
+        differences += distances(found, wanted)
+        noise += distances(moved, wanted)
         same += int((found.argmax(1) == wanted.argmax(1)).sum())
     facts: dict[str, Any] = {"images": count, "relative_difference": differences, "noise": noise}
     return facts | ({"same_first_guess": same} if finished.model.task == "classification" else {})
 
 
-def _rows(outputs: list[np.ndarray]) -> np.ndarray:
+def rows_of(outputs: list[np.ndarray]) -> np.ndarray:
     """All outputs of each image, one after the other."""
     return np.concatenate([output.reshape(len(output), -1) for output in outputs], axis=1)
 
 
-def _distances(a: np.ndarray, b: np.ndarray) -> list[float]:
+def distances(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """|a - b| / |b| (2-norms) of each row."""
     size = np.maximum(np.linalg.norm(b, axis=1), np.finfo(np.float32).tiny)
     distances: list[float] = (np.linalg.norm(a - b, axis=1) / size).tolist()
     return distances

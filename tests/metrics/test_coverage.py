@@ -77,10 +77,12 @@ def test_a_tied_weight_counts_once(net):
     assert values["macs_weights"] == 256
 
 
-def test_size(net):
+def test_size(net, tmp_path):
     encode(net.first, Affine.nearest(net.first.weight, torch.full((4,), 0.1), bits=4))
     sizes = Sizes(nominal_bits=800, packed_bytes=200, file_bytes=2**20, weights=56)
-    values = size(finished(net, sizes=sizes, float_bytes=999))
+    artifact = tmp_path / "artifact"
+    artifact.write_bytes(bytes(1000))
+    values = size(finished(net, sizes=sizes, float_bytes=999, artifact=artifact))
     assert values["value"] == 1
     assert values["covered_weights"] == 16
     assert values["covered_bytes"] == 8 + 4 * 4  # codes, and a float32 scale for each channel

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +11,31 @@ from typing import Any
 import pytest
 from deployable import finished
 
-from qbench.errors import Unsupported, UserError
-from qbench.metrics.latency import interleave, latency, to_pyperf
-from qbench.metrics.ratio import paired_ratio
-from qbench.run import Measurement, Result
+from qbench import registry
+from qbench.errors import Unsupported
+from qbench.metrics.latency import latency
+from qbench.metrics.ratio import paired_ratio, quantile
 
 
 def test_raw_samples_of_both_networks_in_pairs(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    values = json.loads(json.dumps(latency(finished(tmp_path), samples=6, warmup=1)))
+    values = json.loads(json.dumps(latency(finished(tmp_path), runtime="openvino", samples=6, warmup=1)))
     assert [len(values[name]) for name in ("quantized", "float", "float_again")] == [6, 6, 6]
     assert all(0 < s < 1 for s in values["quantized"])
     assert (values["integer_layers"], values["claimed_layers"], values["compute_layers"]) == (2, 2, 2)
     assert values["agreement"]["images"] == values["agreement"]["same_first_guess"] == 4
     assert max(values["agreement"]["relative_difference"]) < 0.01
     assert len(values["agreement"]["noise"]) == 4
+    assert values["considered"][values["runtime"]]["integer_layers"] == 2
+    assert values["preparing_seconds"] > 0
+
+
+def test_left_to_itself_it_takes_the_fastest_and_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    values = latency(finished(tmp_path), samples=5, warmup=1)
+    assert set(values["considered"]) == set(registry.index("runtime"))
+    assert "reason" in values["considered"]["torch"]
+    assert values["runtime"] == "openvino"  # onnxruntime leaves the convolution in float
 
 
 def test_a_runtime_with_integer_kernels_for_linear_layers_alone(tmp_path: Path) -> None:
@@ -74,26 +82,6 @@ def test_more_threads_than_the_run_has_are_refused(tmp_path: Path) -> None:
         latency(finished(tmp_path), threads=64)
 
 
-def test_the_order_rotates_and_each_round_has_one_sample_of_each() -> None:
-    order: list[str] = []
-    calls = {name: (lambda name=name: (order.append(name), time.sleep(0.003))) for name in "abc"}
-    loops, times = interleave(calls, samples=6, warmup=1, seconds=60)
-    assert loops == 1
-    assert {name: len(series) for name, series in times.items()} == {"a": 6, "b": 6, "c": 6}
-    assert "".join(order) == "abc" + "abcbcacab" * 2
-
-
-def test_short_calls_are_repeated_within_a_sample() -> None:
-    loops, times = interleave({"a": lambda: time.sleep(0.0002)}, samples=5, warmup=3, seconds=60)
-    assert loops > 2
-    assert all(0.0001 < s < 0.002 for s in times["a"][1:3])
-
-
-def test_the_budget_ends_the_rounds() -> None:
-    _, times = interleave({"a": lambda: time.sleep(0.01)}, samples=1000, warmup=1, seconds=0.1)
-    assert 5 <= len(times["a"]) < 30
-
-
 def test_ratio_of_a_known_answer() -> None:
     assert paired_ratio([1, 2, 3], [2, 4, 6]) == (0.5, 0.5, 0.5)
     ratios = list(range(1, 21))
@@ -104,33 +92,8 @@ def test_ratio_of_a_known_answer() -> None:
         paired_ratio([1.0], [])
 
 
-def _result(values: dict[str, object]) -> Result:
-    measured = Measurement(status="ok", unit="ms", direction="lower", values=values)
-    return Result(
-        key="0" * 12,
-        label="digits/small/rtn/seed=0",
-        identity={},
-        recipe="rtn",
-        status="ok",
-        phase="done",
-        started="2026-01-01T00:00:00+00:00",
-        metrics={"latency[batch_size=8]": measured} if values else {},
-    )
-
-
-def test_pyperf_reads_the_samples(tmp_path: Path) -> None:
-    for name, scale in (("a", 1.0), ("b", 0.5)):
-        samples = [scale * (0.010 + 0.0001 * i) for i in range(20)]
-        suite = to_pyperf(_result({"loops": 1, "quantized": samples, "float": [0.01] * 20}))
-        suite.dump(str(tmp_path / f"{name}.json"))
-    assert suite.get_benchmark_names() == [
-        "digits/small/latency[batch_size=8]/quantized",
-        "digits/small/latency[batch_size=8]/float",
-    ]
-    command = [sys.executable, "-m", "pyperf", "compare_to", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    assert "2.00x faster" in subprocess.check_output(command, text=True)
-
-
-def test_without_latency_there_is_nothing_for_pyperf() -> None:
-    with pytest.raises(UserError, match="has no latency"):
-        to_pyperf(_result({}))
+def test_quantiles_are_given_where_samples_suffice() -> None:
+    assert quantile(range(28), 0.9) is None
+    assert quantile(range(29), 0.9) == 26
+    assert quantile(range(298), 0.99) is None
+    assert quantile(range(299), 0.99) == 296

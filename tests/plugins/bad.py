@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from qbench import Unsupported, method, metric
@@ -84,6 +85,6 @@ def aborts(finished: object) -> dict[str, float]:
 
 
 @metric("answers", unit="1", direction="higher")
-def answers(finished: object) -> dict[str, float]:
-    """Measure something of one's own."""
-    return {"value": 42.0}
+def answers(finished: object) -> dict[str, object]:
+    """Measure something of one's own, of some images, too."""
+    return {"value": 42.0, "outcomes": {"each": np.arange(3)}}

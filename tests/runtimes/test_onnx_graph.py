@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,3 +274,17 @@ def test_what_onnx_cannot_say_is_named() -> None:
     encode(model.linear, Strange())
     with pytest.raises(Unsupported, match=r"linear.weight: Strange weights have no ONNX form"):
         to_onnx(model, torch.zeros(1, 3, 8, 8), dynamic=True)
+
+
+def test_groups_of_four_bits_run_as_one_product(tmp_path: Path) -> None:
+    """ONNX Runtime's MatMulNBits, with float sums: what was stored is multiplied as it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48)).eval().requires_grad_(False)
+    encode(model[0], _grid(weight_of(model[0]), 0, 4, group_size=32))
+    x = torch.randn(3, 64)
+    graph = to_onnx(model, x[:1], dynamic=True)
+    session = open_session(graph.SerializeToString(), optimized=tmp_path / "optimized.onnx")
+    nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert "MatMulNBits" in nodes
+    (found,) = session.run(None, {"images": x.numpy()})
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-5)

@@ -244,6 +244,19 @@ def test_what_cannot_run_on_integers_says_why(x: Tensor, change: object, reason:
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("second", ["integers", "floats"])
+def test_linear_layers_in_one_kernel_are_told_apart(second: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 32)
+    model = _inputs(_weights(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), 7), x, 7)
+    if second == "floats":
+        model[2] = nn.Linear(32, 8)
+    compiled, (found,), (simulated,) = _pair(model.eval(), x)
+    assert compiled.integer_layers == len(compiled.claimed_layers) == (2 if second == "integers" else 1)
+    assert compiled.compute_layers == 2
+    assert np.linalg.norm(found - simulated) < 0.02 * np.linalg.norm(simulated)
+
+
 def test_kernels_that_are_not_integer_are_refused() -> None:
     """OpenVINO has no integer kernel for transposed convolutions of inputs with a zero point."""
     x = torch.randn(1, 3, 9, 9)
