@@ -53,6 +53,34 @@ class StaticQuantizer(Quantizer):
         return codes.clamp_(self.low - self.zero_point, self.high - self.zero_point).mul_(self.scale)
 
 
+class ChannelQuantizer(Quantizer):
+    """Affine quantizer with a fixed scale and zero point for each channel (axis 1)."""
+
+    kind: ClassVar[str] = "channel"
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int = 8, channels: int = 1) -> None:
+        """Codes of `bits` bits in [0, 2**bits - 1]; scales of 1 and zero points of 0, to be set.
+
+        Args:
+            bits: width of the codes.
+            channels: how many there are.
+        """
+        super().__init__(bits)
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "channels": len(self.scale)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *(1 for _ in x.shape[2:]))
+        scale, zero = self.scale.view(shape), self.zero_point.view(shape)
+        codes = (x * scale.reciprocal()).round_()
+        return codes.clamp_(-zero, 2**self.bits - 1 - zero).mul_(scale)
+
+
 class DynamicQuantizer(Quantizer):
     """Quantizer whose scale is computed at run time from the range, per image or per token (last axis)."""
 
@@ -81,6 +109,7 @@ class DynamicQuantizer(Quantizer):
 
 _CLASSES: tuple[type[Quantizer], ...] = (
     StaticQuantizer,
+    ChannelQuantizer,
     DynamicQuantizer,
     LogQuantizer,
     LevelQuantizer,

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qbench.quant.activations import (
+    ChannelQuantizer,
     DynamicQuantizer,
     StaticQuantizer,
     build,
@@ -82,3 +83,16 @@ def test_static_quantizers_are_exported():
     x = gaussian(4, 3)
     traced = torch.jit.trace(model, x)
     assert torch.allclose(traced(x + 0.3), model(x + 0.3))
+
+
+def test_a_scale_for_each_channel(tmp_path):
+    quantizer = ChannelQuantizer(2, channels=2)
+    quantizer.scale.copy_(torch.tensor([1.0, 0.5]))
+    quantizer.zero_point.copy_(torch.tensor([0, 1]))
+    x = torch.tensor([[-3.0, -3.0], [0.4, 0.4], [1.6, 0.6], [9.0, 9.0]])
+    wanted = torch.tensor([[0.0, -0.5], [0.0, 0.5], [2.0, 0.5], [3.0, 1.0]])
+    assert torch.equal(quantizer(x), wanted)
+    assert torch.equal(quantizer(x[:, :, None, None]), wanted[:, :, None, None])
+    again = build(describe(quantizer))
+    again.load_state_dict(quantizer.state_dict())
+    assert torch.equal(again(x), wanted)
