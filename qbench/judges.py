@@ -21,6 +21,9 @@ def judge_metrics(scored: list[Result]) -> tuple[dict[str, Any], dict[str, str]]
     """
     weights, inputs = (scored[0].bits.get(key) for key in ("weights", "activations"))
     cells: dict[str, Any] = {"weight_bits": weights, "activation_bits": inputs}
+    toolkits = [r.records["toolkit"] for r in scored if "toolkit" in r.records]
+    if toolkits:
+        cells["toolkit"] = ", ".join(dict.fromkeys(f"{tool['name']} {tool['version']}" for tool in toolkits))
     notes: dict[str, str] = {}
     judged: set[str] = set()
     for name in dict.fromkeys(name for r in scored for name in r.metrics):

@@ -147,6 +147,7 @@ def _line(
     row: Row, board: Table, shown: list[tuple[str, str, Cell]], extra: list[str], notes: dict[str, int]
 ) -> list[str]:
     name = row.recipe if len(row.results) == 1 else f"{row.recipe} ({len(row.results)} seeds)"
+    name += f" ({row.cells['toolkit']})" if "toolkit" in row.cells else ""
     score = NOT_MEASURED if row.score is None else f"{100 * row.score:.2f}"
     reference = board.reference is row
     name += " (reference)" if reference else " ⚠" if row.alarms or row.warnings else ""

@@ -103,6 +103,7 @@ _ENGINE = (
     "models/base.py",
     "metrics/*.py",
     "runtimes/*.py",
+    "toolkits/*.py",
 )
 
 

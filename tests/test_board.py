@@ -52,6 +52,17 @@ def size(file_bytes: int) -> dict[str, Any]:
     return {"status": "ok", "values": values}
 
 
+def test_rows_tell_which_toolkit_they_are_of() -> None:
+    runs = [result("fp32", 390), result("theirs", 300), result("theirs", 301, seed=1), result("ours", 310)]
+    for (run, _), version in zip(runs[1:3], ("3.4.0", "3.5.0"), strict=True):
+        run.records["toolkit"] = {"name": "nncf", "version": version}
+    table = judge(*runs)
+    page = render([table], title="t")
+    assert "| theirs (2 seeds) (nncf 3.4.0, nncf 3.5.0) |" in page
+    assert "| ours    " in page
+    assert frame([table]).set_index("recipe")["toolkit"].dropna().to_dict() == {"theirs": "nncf 3.4.0, nncf 3.5.0"}
+
+
 def test_ranks_ties_drops_and_failures() -> None:
     table = judge(
         result("fp32", 390),

@@ -27,6 +27,8 @@ from qbench.runtimes.padding import fix_padding
 OPSET = 21
 """The first with integers of four bits, and with scales for blocks."""
 INPUT = "images"
+ROOT = "network"
+"""Where the network is in what is exported: the names of nodes and weights begin with it."""
 
 
 def to_onnx(model: nn.Module, example: Tensor, *, dynamic: bool) -> Any:
