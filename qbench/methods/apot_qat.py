@@ -19,7 +19,7 @@ Edge = Annotated[int, Field(ge=2, le=8)]
 _MOST = 6
 
 
-@method("apot_qat", track="qat", paper="arXiv:1909.13144")
+@method("apot_qat", track="qat", paper="arXiv:1909.13144", in_the_manner_of=True)
 def apot_qat(
     model: nn.Module,
     data: Data,
@@ -32,7 +32,8 @@ def apot_qat(
 ) -> nn.Module:
     """Train with weights and inputs that are sums of a few powers of two times a learned scale (APoT).
 
-    Weights are normalised, layer by layer. Edges of 7 or 8 bits are on uniform grids with learned steps.
+    Weights are normalised, layer by layer, and multiplied with the deviation that the layer began with; batch norms
+    cancel that factor. Edges of 7 or 8 bits are on uniform grids with learned steps.
 
     Args:
         model: the float model.

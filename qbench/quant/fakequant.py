@@ -231,10 +231,10 @@ def _is_learned(module: nn.Module) -> bool:
 
 
 def keep_positive(model: nn.Module) -> None:
-    """Pull those parameters `scale` of quantizers, or those named in `positive`, up that have become too small."""
+    """Pull those parameters `scale` of quantizers, or those named in `kept_positive`, up that have become too small."""
     with torch.no_grad():
         for module in filter(_is_learned, model.modules()):
-            for name in getattr(module, "positive", ("scale",)):
+            for name in getattr(module, "kept_positive", ("scale",)):
                 parameter = module._parameters.get(name)
                 if parameter is not None:
                     parameter.clamp_(min=SMALLEST)

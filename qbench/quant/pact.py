@@ -23,7 +23,7 @@ class ClippedInput(FirstBatchInput):
     Gradients pass below the limit; the limit gets those of what is above (and, negative, of what is below -alpha).
     """
 
-    positive: ClassVar[tuple[str, ...]] = ("limit",)
+    kept_positive: ClassVar[tuple[str, ...]] = ("limit",)
 
     def __init__(self, bits: int, limit: float | None = None) -> None:
         """

@@ -69,7 +69,10 @@ class RecomputedWeight(nn.Module):
 
 
 class MsqeWeight(RecomputedWeight):
-    """The same with the steps of least squared error, or powers of two near them (arXiv:2210.03671)."""
+    """The same with the steps of least squared error, or powers of two near them (arXiv:2210.03671).
+
+    Once it is `frozen` they stay.
+    """
 
     exponents: Tensor
 
@@ -95,8 +98,6 @@ class MsqeWeight(RecomputedWeight):
             power_of_two: of those near the step, the one with the least error.
             momentum: share of the past in the moving average of the steps.
             hysteresis: a power of two stays until the step is further than half an octave, and this, from it.
-
-        Once it is `frozen` the steps stay.
         """
         super().__init__(weight, bits, granularity, axis)
         self.bits, self.search, self.power_of_two = bits, search, power_of_two
