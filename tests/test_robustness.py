@@ -49,6 +49,8 @@ def refusal(case: str, kind: str) -> str | None:
     """What the combination is refused with, if it is not supported."""
     if "matmuls=true" in case or resolve(case).name in TRANSFORMERS:
         return "the attention mix" if kind == "attention" else "the model multiplies no activations"
+    if resolve(case).name == "head_bits":
+        return "the network has no heads"
     methods, reason = REFUSED.get(kind, (set(), ""))
     method = resolve(case)
     return reason if methods & {method.name, method.options.get("method")} else None
