@@ -163,7 +163,10 @@ def test_interrupt_stops_cleanly(tmp_path: Path) -> None:
     suite(tmp_path, "hangs")
     command = [sys.executable, "-m", "qbench", "run", "s.yaml"]
     environment = os.environ | {"QBENCH_TEST_PIDS": str(pids)}
+    # Whoever runs the tests in the background makes all that they start deaf to it.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        signal.signal(signal.SIGINT, previous)
         wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2, 60)
         parent.send_signal(signal.SIGINT)
         output, _ = parent.communicate(timeout=20)
