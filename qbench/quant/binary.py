@@ -54,7 +54,6 @@ class BinaryInput(nn.Module):
     """
 
     scale: Tensor
-    used: Tensor
 
     def __init__(self, gradient: Gradient, *, shifts: bool = False) -> None:
         """
@@ -66,7 +65,7 @@ class BinaryInput(nn.Module):
         self.gradient = gradient
         self.shift = nn.Parameter(torch.zeros(())) if shifts else None
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("used", torch.zeros((), dtype=torch.bool))
+        self.used = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.used:
@@ -80,7 +79,13 @@ class BinaryInput(nn.Module):
         if self.shift is not None:
             self.shift = nn.Parameter(x.new_zeros(x.shape[1], *[1] * (x.dim() - 2)))
         self.scale.copy_(x.abs().mean())
-        self.used.fill_(True)
+        self.used = True
+
+    def get_extra_state(self) -> bool:
+        return self.used
+
+    def set_extra_state(self, state: bool) -> None:
+        self.used = state
 
     def deployed(self) -> BinaryQuantizer:
         """The fixed quantizer with the learned shift."""

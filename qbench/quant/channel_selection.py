@@ -110,8 +110,8 @@ def _select(model: nn.Module, *, layer: str, norm: str, readers: list[str], inde
     ):
         for name in names:
             _take(module, name, 0, index)
-    _count(source, "out", len(index))
-    statistics.__dict__["num_features"] = len(index)
+    _count(source, "out_features" if isinstance(source, nn.Linear) else "out_channels", index)
+    _count(statistics, "num_features", index)
     times = torch.bincount(torch.tensor(index))[index]
     for name in readers:
         reader = model.get_submodule(name)
@@ -119,7 +119,7 @@ def _select(model: nn.Module, *, layer: str, norm: str, readers: list[str], inde
         weight: Any = reader.weight
         with torch.no_grad():
             weight.div_(times.to(weight).reshape(1, -1, *[1] * (weight.dim() - 2)))
-        _count(reader, "in", len(index))
+        _count(reader, "in_features" if isinstance(reader, nn.Linear) else "in_channels", index)
 
 
 def _take(module: nn.Module, name: str, axis: int, index: list[int]) -> None:
@@ -130,5 +130,5 @@ def _take(module: nn.Module, name: str, axis: int, index: list[int]) -> None:
     setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
-def _count(layer: nn.Module, side: str, channels: int) -> None:
-    setattr(layer, f"{side}_features" if isinstance(layer, nn.Linear) else f"{side}_channels", channels)
+def _count(module: nn.Module, name: str, index: list[int]) -> None:
+    setattr(module, name, len(index))

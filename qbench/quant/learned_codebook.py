@@ -19,7 +19,6 @@ class LearnedCodebook(nn.Module):
     """
 
     kept: Tensor
-    waiting: Tensor
     free: Tensor
     codes: Tensor
 
@@ -48,9 +47,8 @@ class LearnedCodebook(nn.Module):
         """
         super().__init__()
         self.k, self.axis, self.granularity, self.start, self.seed = 2**bits, axis, granularity, start, seed
-        self.fixed = fixed
+        self.fixed, self.waiting = fixed, waits
         self.register_buffer("kept", weight.detach() != 0)
-        self.register_buffer("waiting", torch.tensor(waits))
         levels, free, codes = self._clustered(weight)
         self.levels = nn.Parameter(levels)
         self.register_buffer("free", free)
@@ -61,7 +59,13 @@ class LearnedCodebook(nn.Module):
         """Begin anew with levels and codes of this weight."""
         for old, new in zip((self.levels, self.free, self.codes), self._clustered(weight), strict=True):
             old.copy_(new)
-        self.waiting.fill_(False)
+        self.waiting = False
+
+    def get_extra_state(self) -> bool:
+        return self.waiting
+
+    def set_extra_state(self, state: bool) -> None:
+        self.waiting = state
 
     def _clustered(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Levels (R, K), which of them may move, and codes (N, d)."""

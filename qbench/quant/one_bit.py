@@ -69,9 +69,9 @@ def add_shortcuts(
     Raises:
         Unsupported: there is no such convolution, or the module that calls it cannot be traced.
     """
-    plan = ShortcutPlan(model, example)
-    branches = plan.branches() if edge_bits is not None else set()
-    signs = [name for name in one_bit_layers(model, example, edge_bits, skip) if name not in branches]
-    if not plan.apply(signs):
+    plan, signs = ShortcutPlan(model, example), one_bit_layers(model, example, edge_bits, skip)
+    branches = plan.branches()
+    main = [name for name in signs if name not in branches]
+    if not plan.apply(main):
         raise Unsupported("no convolution is read by a batch norm alone, and keeps the shape: no shortcut can be added")
-    return signs, dict.fromkeys(branches, edge_bits or 1)
+    return (signs, {}) if edge_bits is None else (main, dict.fromkeys(branches, edge_bits))

@@ -68,7 +68,9 @@ def drop_rectifiers(model: nn.Module, example: Tensor, layers: Collection[str]) 
     watch_calls(model, example, {name: model.get_submodule(name) for name in layers}, see)
     rectified = [name for name, value in least.items() if value >= 0]
     if rectified:
-        raise Unsupported(f"the input of {rectified[0]} is never negative, so its sign says nothing; skip it")
+        raise Unsupported(
+            f"the input of {rectified[0]} is never negative, so its sign says nothing: skip=[{rectified[0]}]"
+        )
 
 
 def replace_rectifiers(model: nn.Module, example: Tensor, layers: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ class RotatedBinaryWeight(nn.Module):
     """
 
     basis: Tensor
-    waiting: Tensor
 
     def __init__(self, weight: Tensor, *, block_size: int, share: float, kept_bits: int, groups: int) -> None:
         """
@@ -36,13 +36,12 @@ class RotatedBinaryWeight(nn.Module):
             groups: of the other axes.
         """
         super().__init__()
-        self.kept_bits, self.groups = kept_bits, groups
+        self.kept_bits, self.groups, self.waiting = kept_bits, groups, True
         channels, positions = weight.shape[1], math.prod(weight.shape[2:])
         size = positions * _divisor(channels, max(1, block_size // positions))
         self.kept = math.ceil(share * size)
         self.ends = [self.kept, size]
         self.register_buffer("basis", torch.eye(size).repeat(channels * positions // size, 1, 1))
-        self.register_buffer("waiting", torch.tensor(True))
 
     @torch.no_grad()
     def rotate(self, weight: Tensor, gram: Tensor) -> None:
@@ -60,13 +59,13 @@ class RotatedBinaryWeight(nn.Module):
         importance, order = importance.sort(dim=1, descending=True)
         self.basis.copy_(axes.gather(2, order[:, None].expand_as(axes)))
         self.ends = [self.kept, *(self.kept + end for end in accumulate(self._groups(importance.mean(0)[self.kept :])))]
-        self.waiting.fill_(False)
+        self.waiting = False
 
-    def get_extra_state(self) -> list[int]:
-        return self.ends
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"ends": self.ends, "waiting": self.waiting}
 
-    def set_extra_state(self, state: list[int]) -> None:
-        self.ends = state
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.ends, self.waiting = state["ends"], state["waiting"]
 
     def _groups(self, importance: Tensor) -> list[int]:
         """How many axes are in each group, of (n,) in descending order."""

@@ -68,7 +68,7 @@ class _OnnxRuntime:
 
 def layer_of(node: str, layers: tuple[str, ...]) -> str | None:
     """The layer whose node this is, by the name that torch's exporter gave it: `/network/features/features.0/Conv`."""
-    _, _, *scopes = node.split("/")
+    scopes = node.split("/")[2:]  # none in the names of nodes that ONNX Runtime made itself
     name = ""
     found = None
     # A child of a sequence repeats the name of the sequence.

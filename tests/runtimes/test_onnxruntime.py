@@ -98,3 +98,8 @@ def test_without_the_extra_the_reason_is_that(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(Unsupported, match=r"onnxruntime is not installed \(pip install 'qbench\[onnx\]'\)"):
         _compile(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_nodes_of_the_runtime_itself_are_no_layers() -> None:
+    assert layer_of("fused 0", ("features.0",)) is None
+    assert layer_of("/network/features/features.0/Conv", ("features.0",)) == "features.0"
