@@ -6,8 +6,10 @@ import dataclasses
 import tempfile
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -18,6 +20,7 @@ from qbench.datasets.base import Split
 from qbench.errors import Unsupported, UserError
 from qbench.quant import packing
 from qbench.quant.audit import audit
+from qbench.quant.checkpoints import Checkpoints
 from qbench.quant.layers import encodings
 from qbench.registry import Reference
 from qbench.workspace import Workspace, differences
@@ -52,6 +55,10 @@ def check_method(reference: Reference, models: tuple[str, ...] = MODELS, device:
         with tempfile.TemporaryDirectory() as folder:
             for found in _Toy(reference, name, Path(folder), torch.device(device)).checks():
                 yield dataclasses.replace(found, name=f"{name}: {found.name}")
+
+
+class _StoppedError(Exception):
+    """Raised in the middle of a training."""
 
 
 class _Toy:
@@ -93,14 +100,16 @@ class _Toy:
         yield from self._same_output(model)
         yield self._untouched(seen)
         yield self._deterministic(model)
+        if self.track == "qat":
+            yield self._goes_on(model)
         yield self._levels(model)
         yield self._codes(model)
         yield from self._artifact(model)
 
-    def _quantize(self) -> tuple[nn.Module, nn.Module]:
+    def _quantize(self, **fields: Any) -> tuple[nn.Module, nn.Module]:
         """What the method returns, and the float network that it was shown."""
         seen = _frozen(self.space.model.load().to(self.device))
-        data = self.space.data(seed=0, trains=self.track == "qat", reference=seen)
+        data = self.space.data(seed=0, trains=self.track == "qat", reference=seen, **fields)
         torch.manual_seed(0)
         return self.reference(self.space.model.load().to(self.device), data), seen
 
@@ -139,6 +148,23 @@ class _Toy:
         except Exception as error:
             return Check("deterministic under a seed", False, f"the second run fails: {_place(error)}")
         return Check("deterministic under a seed", not changed, f"differ: {', '.join(changed[:3])}" if changed else "")
+
+    def _goes_on(self, model: nn.Module) -> Check:
+        """Stop it in the middle of its training, and start it again."""
+        name, folder = "goes on to the same weights after a stop", self.folder / "checkpoints"
+
+        def stop(done: float) -> None:
+            if done >= 0.5:
+                raise _StoppedError
+
+        with suppress(_StoppedError):
+            self._quantize(checkpoints=Checkpoints(folder, every=0), progress=stop)
+        try:
+            again, _ = self._quantize(checkpoints=Checkpoints(folder, every=0))
+        except Exception as error:
+            return Check(name, False, _place(error))
+        changed = differences(model, again)
+        return Check(name, not changed, f"differ: {', '.join(changed[:3])}" if changed else "")
 
     def _levels(self, model: nn.Module) -> Check:
         claims = audit(model).items()

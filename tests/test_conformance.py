@@ -162,6 +162,16 @@ def uses_labels(model, data):
     next(data.train.epoch(0, batch_size=4, seed=0))
     return model
 
+@method("forgets", track="qat")
+def forgets(model, data):
+    from qbench.quant.schedule import Schedule
+    from qbench.quant.training import fit
+    seen = []
+    def objective(net, x, y):
+        seen.append(0)
+        return data.loss(net(x), y) * len(seen)
+    return fit(model, data, Schedule(steps=4, batch_size=16), objective=objective)
+
 @method("not_the_same_function", track="structure")
 def not_the_same_function(model, data):
     layer(model).weight.data.mul_(1.01)
@@ -188,6 +198,7 @@ PROMISES = {
     "explodes": ("finite output", "NaN"),
     "touches_the_reference": ("only its model is changed", "data.reference"),
     "uses_labels": ("runs", "track='qat'"),
+    "forgets": ("goes on to the same weights after a stop", "differ: "),
     "not_the_same_function": ("keeps the float function", "apart"),
 }
 

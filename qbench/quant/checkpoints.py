@@ -20,15 +20,16 @@ class Checkpoints:
         seconds: of training that earlier processes have done.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, every: float | None = None) -> None:
         """
         Args:
             folder: of the files, made when it is needed.
+            every: seconds from one to the next; None is what QBENCH_CHECKPOINT_SECONDS says.
 
         Raises:
             UserError: QBENCH_CHECKPOINT_SECONDS is not a number.
         """
-        self.folder, self.every = folder, interval()
+        self.folder, self.every = folder, interval() if every is None else every
         self.trainings, self.seconds = 0, 0.0
 
     def next(self) -> Checkpoint:

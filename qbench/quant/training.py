@@ -99,8 +99,6 @@ def fit(
             if on_step is not None:
                 on_step(step)
             training.after(step)
-            if step.done >= 1:
-                break
     training.finish()
     return model.eval()
 
@@ -160,13 +158,16 @@ class _Training:
         self.data.checkpoints.seconds += state["elapsed"]
 
     def batches(self) -> Iterator[tuple[Tensor, Any, float]]:
-        """Images, targets and the seconds it took to get them, without end."""
+        """Images, targets and the seconds it took to get them, until the training is done."""
         first, skipped = divmod(self.clock.steps, self.clock.per_epoch)
         size, seed = self.schedule.batch_size, self.data.seed
-        for number in itertools.count(first):
+        # What is taken up may be done: the stop came before what follows the training.
+        for number in itertools.takewhile(lambda _: self.clock.done < 1, itertools.count(first)):
             start = time.perf_counter()
             for x, y in self.data.train.epoch(number, batch_size=size, seed=seed, skipped=skipped):
                 yield x, y, time.perf_counter() - start
+                if self.clock.done >= 1:
+                    return
                 start = time.perf_counter()
             skipped = 0
 
@@ -194,9 +195,9 @@ class _Training:
         """What follows when the network is as the next step finds it."""
         if self.ema is not None:
             self.ema.update(self.model)
-        self.data.progress(step.done)
         if self.checkpoint is not None and self.checkpoint.due:
             self.checkpoint.save(self._state(step))
+        self.data.progress(step.done)
 
     def finish(self) -> None:
         """Give the network its averages, and record what happened."""

@@ -108,7 +108,7 @@ def test_a_broken_training_goes_on_to_the_same_weights(train: Callable[[Data], n
     assert data.checkpoints.seconds > 0
     assert records["training"]["loss"] == whole["training"]["loss"]
     if train is not twice:
-        assert records["training"]["resumed_at"] == [3, 8]
+        assert records["training"]["resumed_at"] == [4, 9]
     if train is quantized:
         assert records["lsq"] == whole["lsq"]
 
@@ -137,9 +137,18 @@ def test_quantizers_go_on_as_they_were(reference: str, tmp_path: Path) -> None:
             method(network(), make_data(tmp_path, broken_at)[0])
     data, records = make_data(tmp_path)
     assert same(method(network(), data), expected)
-    assert records["training"]["resumed_at"] == [2, 6]
+    assert records["training"]["resumed_at"] == [3, 7]
     assert records[name] == whole[name]
     assert records["oscillation"] == whole["oscillation"]
+
+
+def test_a_training_that_was_done_is_not_gone_on_with(tmp_path: Path) -> None:
+    expected = plain(make_data(None)[0])
+    with pytest.raises(BrokenOffError):
+        plain(make_data(tmp_path, 1)[0])
+    data, records = make_data(tmp_path)
+    assert same(plain(data), expected)
+    assert len(records["training"]["loss"]) == 12
 
 
 def test_what_steps_remember_is_kept(tmp_path: Path) -> None:
