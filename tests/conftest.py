@@ -23,6 +23,11 @@ def shared() -> Path:
     return folder
 
 
+def pytest_collectstart() -> None:
+    """The same random layers in a module's parameters, whichever modules were imported before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """The same random numbers for a test, whichever tests ran before it."""
