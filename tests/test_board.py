@@ -183,3 +183,17 @@ def test_rows_of_several_machines_name_theirs() -> None:
     page = render([judge(here, there)], title="t")
     assert "machine: small, 2 cores" in page
     assert "| machine" not in page
+
+
+def test_the_time_to_boxes_stands_beside_that_of_the_network() -> None:
+    def timed(quantized: float) -> dict[str, Any]:
+        values = {"quantized": [quantized] * 9, "float": [0.004] * 9, "float_again": [0.004] * 9}
+        return {"status": "ok", "values": values | {"integer_layers": 3, "compute_layers": 3, "runtime": "openvino"}}
+
+    both = {"latency": timed(0.001), "latency[decoding=true]": timed(0.003)}
+    table = judge(result("fp32", 390), result("small", 390, **both))
+    cells = next(row.cells for row in table.rows if row.recipe == "small")
+    assert cells["latency_ratio"].estimate == pytest.approx(0.25)
+    assert cells["latency_ratio[decoding=true]"].estimate == pytest.approx(0.75)
+    row = next(line for line in render([table], title="t").splitlines() if "small" in line)
+    assert [cell.strip() for cell in row.split("|")][6:8] == ["0.25 [0.25, 0.25]", "0.75 [0.75, 0.75]"]
