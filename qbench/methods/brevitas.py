@@ -55,7 +55,7 @@ def brevitas(
         Unsupported: Brevitas is not installed.
     """
     require("brevitas", *(["accelerate"] if rounding == "learned_round" else []), extra="brevitas")
-    floats = prepare(model, data, sums=False)
+    floats = prepare(model, data, exposed=False)
     widths = {name: width for name, _, width in select_layers(model, bits, edge_bits, skip)}
     inputs = {name: width for name, _, width in select_layers(model, activation_bits, edge_bits, skip)}
     quantized = _layers(copy.deepcopy(floats), widths, inputs)

@@ -7,6 +7,7 @@ such function; what it reads passes an `Edge` each, and to quantize it is to qua
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def edges(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, nn.Module]:
     }
 
 
-def expose(model: nn.Module, example: Tensor) -> None:
+def expose(model: nn.Module, example: Tensor, *, every: bool = True) -> None:
     """Make every sum, product and concatenation of activations a `Join`, by recorded operations.
 
     What is exposed already is left alone, as are products with something that has no more than one number.
@@ -66,6 +67,7 @@ def expose(model: nn.Module, example: Tensor) -> None:
     Args:
         model: in evaluation mode; changed in place.
         example: an input of the model, a batch of one.
+        every: without it, modules are left as they are whose functions cannot be taken out.
 
     Raises:
         Unsupported: those of a module cannot be taken out of its forward function.
@@ -73,7 +75,8 @@ def expose(model: nn.Module, example: Tensor) -> None:
     watch = Watch(model, _recognise, (Join, MatMul, *WEIGHT_LAYERS))
     watch.run(example)
     for name, events in watch.found.items():
-        structure.apply(model, "expose_edges", module=name, constants=watch.constants(name), events=events)
+        with nullcontext() if every else suppress(Unsupported):
+            structure.apply(model, "expose_edges", module=name, constants=watch.constants(name), events=events)
 
 
 def _recognise(operation: str, args: tuple[Any, ...], watch: Watch) -> str | None:

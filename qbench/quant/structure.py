@@ -22,7 +22,6 @@ _BUILT_IN = {
     "expose_edges": "qbench.quant.edges",
     "expose_matmuls": "qbench.quant.matmuls",
     "expose_output": "qbench.quant.outputs",
-    "expose_sums": "qbench.quant.sums",
     "fold_bn": "qbench.quant.folding",
     "reparameterize": "qbench.quant.merging",
     "rprelu": "qbench.quant.rectifiers",

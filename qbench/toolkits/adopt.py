@@ -17,11 +17,11 @@ from qbench.errors import Unsupported
 from qbench.quant import structure
 from qbench.quant.activations import ChannelQuantizer, StaticQuantizer, input_quantizers, quantize_input
 from qbench.quant.adjacency import foldable
+from qbench.quant.edges import expose as expose_edges
 from qbench.quant.encodings import Affine, move
 from qbench.quant.layers import encode, encodings, named_weight_layers
 from qbench.quant.matmuls import expose
 from qbench.quant.outputs import OUTPUT
-from qbench.quant.sums import expose_sums
 from qbench.runtimes.padding import same_padding
 from qbench.toolkits.places import Graph, Grid
 
@@ -48,15 +48,15 @@ def largest_batch(data: Data, limit: int = 32) -> Batches:
     return data.calibration.first(count, size)
 
 
-def prepare(model: nn.Module, data: Data, *, sums: bool = True) -> nn.Module:
-    """A float copy on the CPU, in the form in which both have it: batch norms folded, sums and products exposed.
+def prepare(model: nn.Module, data: Data, *, exposed: bool = True) -> nn.Module:
+    """A float copy on the CPU, in the form in which both have it: batch norms folded, what is added or joined exposed.
 
     Its convolutions are of torch's own classes, which toolkits know: those of timm with SAME padding are padded first.
 
     Args:
         model: changed in place, to that form.
         data: its first calibration image.
-        sums: expose sums and products of activations.
+        exposed: make modules of sums, products and concatenations of activations, where that can be.
 
     Raises:
         Unsupported: something is quantized already.
@@ -66,8 +66,8 @@ def prepare(model: nn.Module, data: Data, *, sums: bool = True) -> nn.Module:
     model.eval()
     for layer, norm in foldable(model, data.example):
         structure.apply(model, "fold_bn", layer=layer, norm=norm)
-    if sums:
-        expose_sums(model, data.example)
+    if exposed:
+        expose_edges(model, data.example, every=False)
         _expose_products(model, data.example)
     floats = copy.deepcopy(model).cpu().requires_grad_(False)
     for name, pad in same_padding(floats, data.example.cpu()).items():

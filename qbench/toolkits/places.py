@@ -1,8 +1,9 @@
 """Where a toolkit's quantizers are in the network: its graph, operation by operation, against the network's modules.
 
-Toolkits put quantizers on edges of a graph, here they are attached to the inputs of modules. An edge is the input of a
-convolution or linear layer, of an exposed sum or product, or of a module that is one operation. What only moves, drops
-or compares values, such as a ReLU or max pooling, commutes with a quantizer: one in front of it counts behind it.
+Toolkits put quantizers on edges of a graph, here they are attached to the inputs of modules. An edge is the input of
+a convolution or linear layer, of an exposed sum, product or concatenation, or of a module that is one operation. What
+only moves, drops or compares values, such as a ReLU or max pooling, commutes with a quantizer: one in front of it
+counts behind it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from qbench.errors import Unsupported
+from qbench.quant.edges import Join
 from qbench.quant.encodings import Affine
 from qbench.quant.layers import WEIGHT_LAYERS
 from qbench.quant.matmuls import MatMul
 from qbench.quant.outputs import OUTPUT
-from qbench.quant.sums import Sum
 
 _PASSED = ("quantizer", "through", "moves")
 
@@ -84,7 +85,7 @@ class Graph:
         """The quantizer of each module's input, by the module's name; `OUTPUT` is that of the network's output.
 
         Args:
-            model: the network from which the toolkit's was made, with sums and products of activations exposed.
+            model: the network from which the toolkit's was made, with sums, products and concatenations exposed.
 
         Raises:
             Unsupported: there is one where no module's input is.
@@ -135,7 +136,9 @@ class Graph:
 
     def _place(self, model: nn.Module, step: Step, position: int) -> str:
         module = model.get_submodule(step.module)
-        if isinstance(module, Sum | MatMul):
+        if isinstance(module, Join):
+            return f"{step.module}.edges.{position}"
+        if isinstance(module, MatMul):
             return f"{step.module}.{('left', 'right')[position]}"
         if isinstance(module, WEIGHT_LAYERS) and step.kind == "layer":
             return step.module

@@ -135,13 +135,13 @@ def test_onnxruntime_quantizes_every_edge_from_the_least_to_the_greatest_value()
     assert isinstance(images, StaticQuantizer)
     assert float(images.scale) == pytest.approx(3 / 255, rel=1e-4)
     assert int(images.zero_point) == 85
-    assert records["quantized_elsewhere"] == ["pool", "sum0.left", "sum0.right", "network_output"]
+    assert records["quantized_elsewhere"] == ["pool", "join0.edges.0", "join0.edges.1", "network_output"]
 
 
 def test_onnxruntime_quantizes_inputs_alone_if_asked_to() -> None:
     model = network()
     # The sum reads what the convolution reads.
-    assert run("ort_static[places=inputs]", model)["quantized_elsewhere"] == ["sum0.right"]
+    assert run("ort_static[places=inputs]", model)["quantized_elsewhere"] == ["join0.edges.1"]
 
 
 def test_nncf_has_ranges_for_the_channels_of_depthwise_convolutions_and_corrects_biases() -> None:

@@ -13,6 +13,7 @@ from qbench.errors import Unsupported
 from qbench.quant import packing, structure
 from qbench.quant.activations import StaticQuantizer, input_quantizers, quantize_input
 from qbench.quant.edges import Edge, Join, edges, expose
+from qbench.quant.outputs import OUTPUT
 from qbench.registry import resolve
 
 NETWORKS = {
@@ -72,14 +73,18 @@ def test_quantized_edges_are_loaded_back(tmp_path: object) -> None:
     x = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     before = model(x)
     expose(model, x[:1])
+    structure.apply(model, "expose_output")
+    assert torch.equal(model(x), before)
     for number, edge in enumerate(edges(model).values()):
         quantize_input(edge, StaticQuantizer(3, True, 0.1 + 0.01 * number))
+    quantize_input(model.get_submodule(OUTPUT), StaticQuantizer(4, True, 0.5))
     path = tmp_path / "a"  # type: ignore[operator]
     packing.pack(model, path, packing.Origin("digits_resnet", {}))
     loaded = packing.load(path)
     assert torch.equal(loaded(x), model(x))
     assert not torch.allclose(model(x), before, atol=0.1)
-    assert list(input_quantizers(loaded)) == list(edges(loaded))
+    assert list(input_quantizers(loaded)) == [*edges(loaded), OUTPUT]
+    assert set((loaded(x) * 2).frac().flatten().tolist()) == {0}
     assert sum(isinstance(edge, Edge) for edge in edges(loaded).values()) > 2
 
 
@@ -93,12 +98,26 @@ class _Scaled(nn.Module):
         return torch.add(x, x.relu(), alpha=2)
 
 
+class _Gated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+
 @pytest.mark.parametrize(
     ("model", "reason"), [(_Branching(), "cannot be traced"), (_Scaled(), "that cannot be taken apart")]
 )
 def test_what_cannot_be_exposed_is_said(model: nn.Module, reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
         expose(model.eval(), torch.randn(1, 3, 4, 4))
+
+
+def test_what_cannot_be_exposed_may_stay() -> None:
+    model = nn.Sequential(_Scaled(), _Branching(), _Gated()).eval()
+    x = torch.randn(1, 3, 4, 4)
+    before = model(x)
+    expose(model, x, every=False)
+    assert list(edges(model)) == ["2.join0.edges.0", "2.join0.edges.1"]
+    assert torch.equal(model(x), before)
 
 
 def test_constants_and_parameters_are_no_edges() -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from qbench.errors import Unsupported
+from qbench.quant.edges import Join
 from qbench.quant.outputs import OUTPUT
-from qbench.quant.sums import Sum
 from qbench.toolkits.places import Graph, Grid, Step
 
 A, B = Grid((0.1,), (0,), 0, 255), Grid((0.2,), (3,), 0, 255)
@@ -16,7 +16,7 @@ CHANNELS = Grid((0.1, 0.2), (0, 0), 0, 255)
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.act, self.pool, self.sum0 = nn.Conv2d(3, 2, 1), nn.ReLU6(), nn.AvgPool2d(2), Sum()
+        self.conv, self.act, self.pool, self.sum0 = nn.Conv2d(3, 2, 1), nn.ReLU6(), nn.AvgPool2d(2), Join("add", 2)
         self.block = nn.Sequential(nn.Conv2d(2, 2, 1))
 
 
@@ -46,8 +46,8 @@ def test_inputs_of_layers_and_of_modules_that_are_one_operation():
 
 
 def test_both_sides_of_a_sum():
-    assert quantizers(q("x"), q("x", B), other("sum0", "0", "1")) == {"sum0.left": A, "sum0.right": B}
-    assert quantizers(q("x"), other("sum0", "x", "0")) == {"sum0.right": A}
+    assert quantizers(q("x"), q("x", B), other("sum0", "0", "1")) == {"sum0.edges.0": A, "sum0.edges.1": B}
+    assert quantizers(q("x"), other("sum0", "x", "0")) == {"sum0.edges.1": A}
 
 
 def test_what_commutes_is_passed():
