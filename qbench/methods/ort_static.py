@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from qbench.data import Batches, Data
 from qbench.registry import method
-from qbench.runtimes.onnx_graph import INPUT, ROOT, import_onnx, to_onnx
-from qbench.runtimes.onnxruntime import open_session
+from qbench.runtimes.onnx_graph import INPUT, import_onnx
 from qbench.toolkits.adopt import adopt, largest_batch, prepare, record
 from qbench.toolkits.agreement import compare
-from qbench.toolkits.onnx_qdq import read
+from qbench.toolkits.onnx_qdq import answering, divide_and_round, read, write
 
 
 @method("ort_static")
@@ -49,19 +47,13 @@ def ort_static(
     """
     onnx = import_onnx()
     floats = prepare(model, data)
-    graph = to_onnx(floats, data.example.cpu(), dynamic=True)
-    _fold_transposes(graph.graph)
+    graph = write(floats, data.example.cpu(), dynamic=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "quantized.onnx"
         _quantize(graph, file, _reader(largest_batch(data)), calibration, percentile, granularity, places)
         quantized = onnx.load(file)
-    adopt(model, read(quantized.graph, floats, "onnxruntime", ROOT))
-    session = open_session(quantized.SerializeToString(), optimize=False)
-
-    def answers(batch: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {INPUT: batch.numpy()})[0])
-
-    agreement = compare(model, answers, floats, data.calibration, "onnxruntime", lambda x, s, z: (x / s).round() + z)
+    adopt(model, read(quantized.graph, floats, "onnxruntime"))
+    agreement = compare(model, answering(quantized), floats, data.calibration, "onnxruntime", divide_and_round)
     record(model, data, "onnxruntime", agreement)
     return model
 
@@ -109,15 +101,3 @@ def _reader(batches: Batches) -> Any:
             return None if batch is None else {INPUT: batch.cpu().numpy()}
 
     return Reader()
-
-
-def _fold_transposes(graph: Any) -> None:
-    """Transpose weights where they are stored: only constants are quantized as weights."""
-    from onnx import numpy_helper
-
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-        turned = np.ascontiguousarray(np.transpose(numpy_helper.to_array(weights[node.input[0]]), order))
-        graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
-        graph.node.remove(node)

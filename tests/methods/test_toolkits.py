@@ -80,8 +80,10 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 CASES = {
-    "nncf_ptq": ("nncf", 0.0),
-    "nncf_ptq[preset=mixed,fast_bias_correction=false]": ("nncf", 0.0),
+    "nncf_ptq": ("nncf", 0.05),
+    "nncf_ptq[preset=mixed]": ("nncf", 0.05),
+    "nncf_ptq[backend=torch]": ("nncf", 0.0),
+    "nncf_ptq[backend=torch,preset=mixed,fast_bias_correction=false]": ("nncf", 0.0),
     "torchao_pt2e": ("torchao", 0.0),
     "ort_static": ("onnxruntime", 0.05),
     "ort_static[calibration=entropy,granularity=tensor]": ("onnxruntime", 0.05),
