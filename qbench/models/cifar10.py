@@ -1,9 +1,12 @@
 """Small timm models for CIFAR-10 whose first layers keep the resolution of its 32x32 pixels.
 
-Their weights ship with the package. They were made, from random weights, by
+Their weights ship with the package. They were made of random ones on one core in half an hour, with a fifth of
+CIFAR-10's training images, by
 
-    qbench train cifar10_resnet    --dataset cifar10 ... -o FILE
-    qbench train cifar10_mobilenet --dataset cifar10 ... -o FILE
+    qbench train cifar10_resnet --dataset 'cifar10[cutout=8]' -o FILE --epochs 40 --batch-size 128 --lr 0.1 \
+      --set optimizer=sgd --set weight_decay=5e-4 --set clip=null --set precision=bf16 --set ema=0.999
+
+and the same with 30 epochs for cifar10_mobilenet: accuracy is what that gives, not what these networks can reach.
 """
 
 from __future__ import annotations
