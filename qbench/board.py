@@ -13,7 +13,7 @@ from qbench import profiles, training_rows
 from qbench.alarms import finer
 from qbench.deployed import judge_deployed, judge_timed
 from qbench.judges import judge_metrics
-from qbench.metrics.ap import Matches, average_precision, paired_interval
+from qbench.metrics.ap import Matches, average_precision, interval, paired_interval
 from qbench.profiles import Profile
 from qbench.run import Result
 from qbench.stats import Interval, paired_difference, ranks
@@ -41,6 +41,8 @@ class Row:
     rank: str = ""
     score: float | None = None
     """Mean over seeds of the task's metric, as a share."""
+    spread: Interval | None = None
+    """Of the score, where it is no mean over images."""
     drop: Interval | None = None
     """Against the float reference, paired; negative is worse."""
     cells: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +111,7 @@ def _table(results: list[Result], outcomes: Callable[[str], Outcomes], hardware:
     for row in rows:
         scored = [r for r in row.results if r.status == "ok"]
         if scored:
-            row.score = judge.score(scored)
+            row.score, row.spread = judge.score(scored), judge.spread(scored)
             if reference is not None and row is not reference:
                 row.drop = judge.difference(scored, reference.results)
             row.cells, row.notes = judge_metrics(scored)
@@ -171,6 +173,9 @@ class _Classification:
     def score(self, results: list[Result]) -> float:
         return float(self._correct(results).mean())
 
+    def spread(self, _: list[Result]) -> Interval | None:
+        return None
+
     def difference(self, a: list[Result], b: list[Result]) -> Interval:
         return paired_difference(self._correct(a), self._correct(b))
 
@@ -194,6 +199,9 @@ class _Detection:
 
     def score(self, results: list[Result]) -> float:
         return float(np.mean([r.metrics["map"].values["AP"] for r in results]))
+
+    def spread(self, results: list[Result]) -> Interval | None:
+        return Interval(*interval(self._matches(results[0])))
 
     def difference(self, a: list[Result], b: list[Result]) -> Interval:
         return Interval(*paired_interval(self._matches(a[0]), self._matches(b[0])))

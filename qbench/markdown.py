@@ -15,7 +15,7 @@ from qbench.stats import Interval
 from qbench.store import write_atomically
 
 NOT_MEASURED = "–"
-_SCORE = {"classification": "top-1 %", "detection": "mAP %"}
+_SCORE = {"classification": "top-1 %", "detection": "mAP % [95 %]"}
 Cell = Callable[[dict[str, Any]], str | None]
 
 
@@ -39,6 +39,7 @@ def _interval(key: str, form: str) -> Cell:
 
 # Title, the metric that it belongs to, and how the judged cell is written.
 COLUMNS: list[tuple[str, str, Cell]] = [
+    ("AP50 %", "map", _number("AP50", ".2f", 100)),
     ("size MiB", "size", _number("file_bytes", ".3f", 1 / 2**20)),
     ("ratio", "size", _number("compression_ratio", ".2f")),
     ("coverage % W / MAC", "coverage", lambda c: _coverage(c)),
@@ -155,6 +156,7 @@ def _line(
     name = row.recipe if len(row.results) == 1 else f"{row.recipe} ({len(row.results)} seeds)"
     name += f" ({row.cells['toolkit']})" if "toolkit" in row.cells else ""
     score = NOT_MEASURED if row.score is None else f"{100 * row.score:.2f}"
+    score += f" [{100 * row.spread.low:.2f}, {100 * row.spread.high:.2f}]" if row.spread else ""
     reference = board.reference is row
     name += " (reference)" if reference else " ⚠" if row.alarms or row.warnings else ""
     line = [row.rank, name, _bits(row), score, _drop(row.drop)]
@@ -290,7 +292,7 @@ def _record(board: Table, row: Row) -> dict[str, Any]:
         "score": row.score,
         "alarm": "; ".join([*(f"{a.how}, worse than {a.other.recipe}" for a in row.alarms), *row.warnings]),
     }
-    for name, value in {"difference": row.drop, **row.cells}.items():
+    for name, value in {"difference": row.drop, "spread": row.spread, **row.cells}.items():
         if isinstance(value, Interval):
             record |= {name: value.estimate, f"{name}_low": value.low, f"{name}_high": value.high}
         elif value is not None:

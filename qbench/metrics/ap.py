@@ -201,6 +201,13 @@ def _class_ap(weights: np.ndarray, true: np.ndarray, ignored: np.ndarray, object
     return total / (len(RECALLS) * true.shape[1])
 
 
+def interval(matches: Matches, replicates: int = 300, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
+    """AP, with the ends of its percentile interval from a bootstrap over images."""
+    drawn = matches.replicates(replicates, seed)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return average_precision(matches), float(low), float(high)
+
+
 def paired_interval(
     a: Matches, b: Matches, replicates: int = 300, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbench.datasets.base import Boxes
-from qbench.metrics.ap import Matches, ap_from_matches, match, paired_interval
+from qbench.metrics.ap import Matches, ap_from_matches, interval, match, paired_interval
 from qbench.metrics.map import NAMES, coco_stats
 
 Found = dict[str, np.ndarray]
@@ -161,6 +161,9 @@ def test_paired_interval() -> None:
     plain = [Boxes(t.xyxy, t.labels) for t in targets]
     best, worse = match(good, plain, 3), match(bad, plain, 3)
     assert paired_interval(best, best) == (0, 0, 0)
+    score, low, high = interval(worse)
+    assert low < score < high
+    assert score == pytest.approx(ap_from_matches(worse, np.ones((1, 60)))[0])
     difference, low, high = paired_interval(best, worse)
     assert 0 < low < difference < high
     assert paired_interval(worse, best) == pytest.approx((-difference, -high, -low))
