@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qbench.data import Batches
 from qbench.errors import Unsupported
 from qbench.quant.activations import StaticQuantizer, input_quantizers
+from qbench.runtimes.base import flatten
 
 TOLERANCE = 0.25
 """Greatest distance between both networks' answers, in parts of what quantization changes about them (2-norms)."""
@@ -25,7 +26,7 @@ Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
 @torch.no_grad()
 def compare(
     model: nn.Module,
-    toolkits: Callable[[Tensor], Tensor],
+    toolkits: Callable[[Tensor], Any],
     floats: nn.Module,
     batches: Batches,
     toolkit: str,
@@ -57,11 +58,11 @@ def compare(
             vars(quantizer)["forward"] = partial(_round, quantizer, rounding)
     changed, ours, copied, same, images = 0.0, 0.0, 0.0, 0, 0
     for batch in batches.first(min(_IMAGES, batches.images)):
-        wanted, answers = toolkits(batch.cpu()).double(), model(batch).cpu()
-        changed += float((wanted - floats(batch.cpu())).square().sum())
+        wanted, answers = _joined(toolkits(batch.cpu())), _joined(model(batch))
+        changed += float((wanted - _joined(floats(batch.cpu()))).square().sum())
         ours += float((wanted - answers).square().sum())
-        copied += float((wanted - alike(batch.cpu())).square().sum())
-        same += int((answers.flatten(1).argmax(1) == wanted.flatten(1).argmax(1)).sum())
+        copied += float((wanted - _joined(alike(batch.cpu()))).square().sum())
+        same += int((answers.argmax(1) == wanted.argmax(1)).sum())
         images += len(batch)
     distance, with_its_rounding = ((apart / changed) ** 0.5 if apart else 0.0 for apart in (ours, copied))
     if not with_its_rounding <= TOLERANCE:
@@ -75,6 +76,11 @@ def compare(
         "same_guess": same / images,
         "images": images,
     }
+
+
+def _joined(outputs: Any) -> Tensor:
+    """(B, n) all outputs of each image in a row."""
+    return torch.cat([tensor.cpu().double().flatten(1) for tensor in flatten(outputs)], dim=1)
 
 
 def _round(quantizer: Any, rounding: Rounding, x: Tensor) -> Tensor:

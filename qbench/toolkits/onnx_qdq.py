@@ -55,10 +55,10 @@ def read(graph: Any, model: nn.Module, toolkit: str) -> Graph:
     return _Reader(graph, model, toolkit).read()
 
 
-def answering(graph: Any) -> Callable[[Tensor], Tensor]:
+def answering(graph: Any) -> Callable[[Tensor], list[Tensor]]:
     """What a quantized `onnx.ModelProto` answers, operator by operator in ONNX Runtime."""
     session = open_session(graph.SerializeToString(), optimize=False)
-    return lambda batch: torch.from_numpy(session.run(None, {INPUT: batch.numpy()})[0])
+    return lambda batch: [torch.from_numpy(output) for output in session.run(None, {INPUT: batch.numpy()})]
 
 
 def divide_and_round(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
