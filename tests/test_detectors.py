@@ -19,14 +19,12 @@ from qbench.workspace import Workspace
 # What has no place in a detector, or does not know its outputs, and the words that say so.
 REFUSED = {
     "activations": "no attention|needs linear layers",
-    "bitat": "needs a classifier",
     "compress": "no weight has codes",
-    "mixed": "measure sqnr is the one that needs none",
+    "mixed": "measure fisher draws from class scores",
     "nncf_ptq": "quantizes an operand of Resize",
     "ort_static": "quantizes a constant of Resize",
     "ptq4vit": "no attention",
     "qa_ibp": "no bounds for interpolate",
-    "reactnet": "needs a classifier",
     "repq_vit": "no attention",
 }
 ABSENT = "is not installed|this processor has no"

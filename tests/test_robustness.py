@@ -39,7 +39,6 @@ REFUSED = {
     "transposed": (PATCHES, r"body\.1: .*ConvTranspose2d.*skip=\[body\.1\]"),
     "half": ({"adaquant"}, r"net\.body\.0 is float16"),
     "bfloat16": ({"adaquant"}, r"net\.body\.0 is bfloat16"),
-    "one layer": ({"mixed"}, "its outputs are not class scores"),
 }
 """The combinations that are not supported, and what is said about them."""
 SAME = {"half": 1e-3, "bfloat16": 1e-2}
@@ -51,6 +50,8 @@ def refusal(case: str, kind: str) -> str | None:
         return "the attention mix" if kind == "attention" else "the model multiplies no activations"
     if resolve(case).name == "head_bits":
         return "the network has no heads"
+    if "measure=fisher" in case and kind == "one layer":
+        return "measure fisher draws from class scores"
     methods, reason = REFUSED.get(kind, (set(), ""))
     method = resolve(case)
     return reason if methods & {method.name, method.options.get("method")} else None

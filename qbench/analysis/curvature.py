@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qbench.errors import Unsupported
+from qbench.quant.answers import are_class_scores, relative_error
 
 _BLOCK = 10  # probes for each forward pass, between two looks at how sure the traces are
 
@@ -31,20 +33,15 @@ class Traces:
     probes: dict[str, int]
 
 
-def logits(outputs: object) -> Tensor:
-    """The outputs of a classifier, (B, classes).
+def divergence(outputs: Any, reference: Any) -> Tensor:
+    """The Kullback-Leibler divergence of predictions from those of the reference, mean over images, in nats.
 
-    Raises:
-        Unsupported: they are something else.
+    Of outputs that are no class scores, as those of a detector, the relative squared error. No gradients flow through
+    the reference.
     """
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        raise Unsupported("its outputs are not class scores (B, classes): measure sqnr is the one that needs none")
-    return outputs
-
-
-def divergence(outputs: object, reference: object) -> Tensor:
-    """The Kullback-Leibler divergence of predictions from those of the reference, mean over images, in nats."""
-    now, wanted = (logits(scores).double().log_softmax(1) for scores in (outputs, reference))
+    if not are_class_scores(outputs):
+        return relative_error(outputs, reference)
+    now, wanted = (scores.double().log_softmax(1) for scores in (outputs, reference.detach()))
     return F.kl_div(now, wanted, reduction="batchmean", log_target=True)
 
 
@@ -108,13 +105,18 @@ def fisher_diagonals(
 
     Returns:
         a tensor of the weight's shape by layer.
+
+    Raises:
+        Unsupported: the network's outputs are no class scores.
     """
     generator = torch.Generator().manual_seed(seed)
     images = 0
     with _differentiable(network, names) as (twin, weights):
         sums = [torch.zeros_like(weight) for weight in weights]
         for image in (image for batch in batches for image in batch.split(1)):
-            scores = logits(twin(image))
+            scores = twin(image)
+            if not are_class_scores(scores):
+                raise Unsupported("measure fisher draws from class scores (B, classes); kl, hawq and sqnr need none")
             drawn = torch.multinomial(scores.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
             gradients = _gradients(F.cross_entropy(scores, drawn.to(scores.device)), weights)
             for total, gradient in zip(sums, gradients, strict=True):
@@ -145,7 +147,7 @@ def _forms(
     images = 0
     for batch in batches:
         outputs = network(batch)
-        loss = divergence(outputs, logits(outputs).detach()) * len(batch)
+        loss = divergence(outputs, outputs) * len(batch)
         slopes = _gradients(loss, list(weights.values()), again=True)
         for (name, weight), slope in zip(weights.items(), slopes, strict=True):
             for number, probe in enumerate(probes[name]):

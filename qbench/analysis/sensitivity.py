@@ -101,7 +101,7 @@ def sensitivity(network: nn.Module, weights: Weights, data: Data, measure: AnyMe
         images: how many images to use, of those that there are.
 
     Raises:
-        Unsupported: the measure needs class scores, and the network's outputs are something else.
+        Unsupported: `fisher`, and the network's outputs are no class scores.
         UserError: `loss`, and labels may not be used.
     """
     names, widths = tuple(next(iter(weights.values()))), tuple(weights)

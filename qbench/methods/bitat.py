@@ -66,7 +66,7 @@ def bitat(
 
     Raises:
         Unsupported: a layer is a transposed convolution; moving averages are asked for; distillation is asked for, and
-            there is no float network or its outputs are not logits; signs are asked for, and an input is never
+            there is no float network; signs are asked for, and an input is never
             negative.
     """
     if schedule.ema is not None:

@@ -42,7 +42,7 @@ def reactnet(
         schedule: of the training.
 
     Raises:
-        Unsupported: there is no float network, or its outputs are not logits; no shortcut can be added; a ReLU is used
+        Unsupported: there is no float network; no shortcut can be added; a ReLU is used
             for different numbers of channels; channels are counted by other axes than that of images.
     """
     teacher = data.reference

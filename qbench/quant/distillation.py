@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbench.errors import Unsupported
+from qbench.quant.answers import are_class_scores, relative_error
 from qbench.quant.hooks import hooked
 
 Objective = Callable[[nn.Module, Tensor, Any], Tensor]
@@ -26,7 +27,7 @@ def distil(objective: Objective, teacher: nn.Module | None, share: float) -> Obj
         share: from 0 to 1.
 
     Raises:
-        Unsupported: there is no teacher; when called, the outputs are not logits.
+        Unsupported: there is no teacher.
     """
     if teacher is None:
         raise Unsupported("there is no float network to distil from")
@@ -43,13 +44,12 @@ def distil(objective: Objective, teacher: nn.Module | None, share: float) -> Obj
     return mixed
 
 
-def divergence(logits: Any, soft: Any, temperature: float = _TEMPERATURE) -> Tensor:
+def divergence(outputs: Any, soft: Any, temperature: float = _TEMPERATURE) -> Tensor:
     """Kullback-Leibler divergence of the class probabilities (B, classes) at that temperature, times its square.
 
-    Raises:
-        Unsupported: these are no logits.
+    Of outputs that are no class scores, as those of a detector, the relative squared error.
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise Unsupported("distillation needs a classifier, whose output is (B, classes)")
-    own, wanted = (F.log_softmax(z.float() / temperature, dim=1) for z in (logits, soft))
+    if not are_class_scores(outputs):
+        return relative_error(outputs, soft)
+    own, wanted = (F.log_softmax(z.float() / temperature, dim=1) for z in (outputs, soft))
     return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2

@@ -111,5 +111,18 @@ def test_divergence_is_that_of_the_predictions():
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
     expected = (0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))) / 2
     assert float(divergence(q.log() + 3, p.log() - 1)) == pytest.approx(float(expected), abs=1e-6)
-    with pytest.raises(Unsupported, match="sqnr"):
-        divergence(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+
+
+def test_the_divergence_of_other_outputs_is_their_relative_error():
+    wanted = torch.randn(2, 3, 4)
+    assert float(divergence(1.1 * wanted, wanted)) == pytest.approx(0.01)
+
+
+def test_traces_of_other_outputs_are_those_of_their_relative_error():
+    layer = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1, bias=False)).requires_grad_(False).eval()
+    x = torch.randn(4, 2, 5, 5)
+    # 2 J'J / |y|^2, and every channel's outputs are the same inputs.
+    expected = 2 * 3 * float(x.square().sum() / layer(x).square().sum())
+    assert hessian_traces(layer, ["0"], [x], probes=400, tolerance=1e-9).mean["0"] == pytest.approx(expected, rel=0.1)
+    with pytest.raises(Unsupported, match="measure fisher draws from class scores"):
+        fisher_diagonals(layer, ["0"], [x])

@@ -139,9 +139,15 @@ def test_the_network_is_left_as_it_was(network, weights):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_outputs_that_are_no_class_scores_have_no_divergence(network):
+def test_of_outputs_that_are_no_class_scores_the_relative_error_counts(network):
     convolution = network[:1].eval()
     weights = rounded(convolution, data(), resolve("method", "rtn"), (4,))
-    with pytest.raises(Unsupported, match="sqnr"):
-        sensitivity(convolution, weights, data(), "kl", 4)
+    x = Noise().x[:4]
+    with torch.no_grad():
+        floats, answers = convolution(x), copy.deepcopy(convolution)
+        answers[0].weight.copy_(weights[4]["0"])
+        expected = float((answers(x) - floats).square().sum() / floats.square().sum())
+    assert sensitivity(convolution, weights, data(), "kl", 4).values[0, 0] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(Unsupported, match="measure fisher"):
+        sensitivity(convolution, weights, data(), "fisher", 4)
     assert sensitivity(convolution, weights, data(), "sqnr", 4).values[0, 0] > 10
