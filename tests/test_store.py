@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ended import ended
 
 from qbench.errors import UserError
 from qbench.run import Result
@@ -11,16 +12,7 @@ from qbench.store import Store, find, write_atomically
 
 
 def result(key: str = "0123456789ab") -> Result:
-    return Result(
-        key=key,
-        label="a/b/c/seed=0",
-        identity={},
-        recipe="c",
-        status="ok",
-        phase="done",
-        started="2026-01-01T00:00:00+00:00",
-        records={"loss": [1.0, 0.5]},
-    )
+    return ended(key=key, records={"loss": [1.0, 0.5]})
 
 
 def test_round_trip(tmp_path: Path) -> None:

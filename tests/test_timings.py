@@ -8,24 +8,16 @@ from pathlib import Path
 
 import pyperf
 import pytest
+from ended import ended, measured
 
 from qbench.errors import UserError
-from qbench.run import Measurement, Result
+from qbench.run import Result
 from qbench.timings import to_pyperf, write_pyperf
 
 
 def _result(values: dict[str, object]) -> Result:
-    measured = Measurement(status="ok", unit="ms", direction="lower", values=values)
-    return Result(
-        key="0" * 12,
-        label="digits/small/rtn/seed=0",
-        identity={},
-        recipe="rtn",
-        status="ok",
-        phase="done",
-        started="2026-01-01T00:00:00+00:00",
-        metrics={"latency[batch_size=8]": measured} if values else {},
-    )
+    latency = {"latency[batch_size=8]": measured(**values)} if values else {}
+    return ended(label="digits/small/rtn/seed=0", metrics=latency)
 
 
 def test_pyperf_reads_the_samples(tmp_path: Path) -> None:

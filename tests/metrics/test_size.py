@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from deployable import finished
+from ended import ended, measured
 
 from qbench.judges import judge_metrics
 from qbench.metrics.base import Finished
 from qbench.metrics.size import size
 from qbench.quant import packing
-from qbench.run import Measurement, Result
 
 
 def _packed(tmp_path: Path, **options: bool) -> Finished:
@@ -33,17 +33,7 @@ def test_all_sizes_of_one_network(tmp_path: Path) -> None:
     for name in ("onnx", "openvino"):
         assert values["formats"][name]["bytes"] > 8 * 3 * 9
         assert values["formats"][name]["float_bytes"] > 4 * 8 * 3 * 9
-    measured = Measurement(status="ok", unit="MiB", direction="lower", values=values)
-    result = Result(
-        key="0" * 12,
-        label="",
-        identity={},
-        recipe="rtn",
-        status="ok",
-        phase="done",
-        started="",
-        metrics={"size[formats=[onnx,openvino]]": measured},
-    )
+    result = ended(metrics={"size[formats=[onnx,openvino]]": measured(**values)})
     cells, _ = judge_metrics([result])
     assert cells["onnx_bytes"] == values["formats"]["onnx"]["bytes"]
     assert cells["gzip_bytes"] == values["gzip_bytes"]

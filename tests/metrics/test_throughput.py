@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from deployable import finished
+from ended import ended, measured
 
 from qbench.errors import Unsupported
 from qbench.judges import judge_metrics
 from qbench.metrics.throughput import throughput
-from qbench.run import Measurement, Result
 
 
 def test_batches_on_all_cores_of_the_run(tmp_path: Path) -> None:
@@ -27,17 +27,7 @@ def test_batches_on_all_cores_of_the_run(tmp_path: Path) -> None:
 
 def test_images_per_second_and_their_ratio() -> None:
     values = {"batch_size": 8, "quantized": [0.1, 0.2, 0.1], "float": [0.4, 0.8, 0.4], "float_again": [0.4] * 3}
-    measured = Measurement(status="ok", unit="images/s", direction="higher", values=values)
-    run = Result(
-        key="0" * 12,
-        label="",
-        identity={},
-        recipe="rtn",
-        status="ok",
-        phase="done",
-        started="",
-        metrics={"throughput": measured},
-    )
+    run = ended(metrics={"throughput": measured(**values)})
     cells, _ = judge_metrics([run])
     assert cells["images_per_second"] == pytest.approx(80)
     assert cells["float_images_per_second"] == pytest.approx(20)
