@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from qbench.errors import Unsupported
-from qbench.quant.answers import are_class_scores, relative_error
+from qbench.quant import distillation
+from qbench.quant.answers import are_class_scores
 
 _BLOCK = 10  # probes for each forward pass, between two looks at how sure the traces are
 
@@ -39,10 +41,8 @@ def divergence(outputs: Any, reference: Any) -> Tensor:
     Of outputs that are no class scores, as those of a detector, the relative squared error. No gradients flow through
     the reference.
     """
-    if not are_class_scores(outputs):
-        return relative_error(outputs, reference)
-    now, wanted = (scores.double().log_softmax(1) for scores in (outputs, reference.detach()))
-    return F.kl_div(now, wanted, reduction="batchmean", log_target=True)
+    now, wanted = (tree_map(Tensor.double, answers) for answers in (outputs, reference))
+    return distillation.divergence(now, tree_map(Tensor.detach, wanted), temperature=1.0)
 
 
 def hessian_traces(

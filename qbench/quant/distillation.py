@@ -51,5 +51,6 @@ def divergence(outputs: Any, soft: Any, temperature: float = _TEMPERATURE) -> Te
     """
     if not are_class_scores(outputs):
         return relative_error(outputs, soft)
-    own, wanted = (F.log_softmax(z.float() / temperature, dim=1) for z in (outputs, soft))
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    own, wanted = (F.log_softmax(z.to(wide) / temperature, dim=1) for z in (outputs, soft))
     return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2
