@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from qbench.data import Batches
 from qbench.errors import Unsupported
 from qbench.quant.activations import StaticQuantizer, input_quantizers
+from qbench.quant.layers import named_weight_layers
 from qbench.runtimes.base import flatten
 
 TOLERANCE = 0.25
 """Greatest distance between both networks' answers, in parts of what quantization changes about them (2-norms)."""
+_NUDGE = 1 + 1e-6
+"""Of the sums of layers, about what the order of their terms changes in float32."""
 _IMAGES = 32
 
 Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,7 +39,9 @@ def compare(
 
     Distances are those of all answers (2-norm), relative to what quantization changes about the toolkit's network.
     Values halfway between two codes are frequent: pixels, averages of codes. A copy of the model that rounds them as
-    the toolkit does must answer like the toolkit's network, but for the order of sums in float32.
+    the toolkit does must answer like the toolkit's network, but for the order of sums in float32. What that order can
+    change is measured: one value that is rounded otherwise moves others, layer after layer, and some networks with
+    quantizers on every edge move further by it than `TOLERANCE`.
 
     Args:
         model: with all that the toolkit decided.
@@ -47,32 +52,40 @@ def compare(
         rounding: the toolkit's; None is that of quantizers here.
 
     Returns:
-        `distance`, that of the copy (`with_its_rounding`), the share of images with the `same_guess`, and `images`.
+        `distance`, that of the copy (`with_its_rounding`), how far the copy is from itself if its layers' sums
+        change by a millionth (`nudged`), the share of images with the `same_guess`, and `images`.
 
     Raises:
-        Unsupported: the copy is more than `TOLERANCE` apart: the toolkit does something that was not read.
+        Unsupported: the copy is more than `TOLERANCE` apart, and further than from itself: the toolkit does something
+            that was not read.
     """
     alike = copy.deepcopy(model).cpu()
     if rounding is not None:
         for quantizer in input_quantizers(alike).values():
             vars(quantizer)["forward"] = partial(_round, quantizer, rounding)
-    changed, ours, copied, same, images = 0.0, 0.0, 0.0, 0, 0
+    nudged_copy = copy.deepcopy(alike)
+    for layer in named_weight_layers(nudged_copy).values():
+        layer.register_forward_hook(lambda _layer, _inputs, sums: sums * _NUDGE)
+    changed, ours, copied, moved, same, images = 0.0, 0.0, 0.0, 0.0, 0, 0
     for batch in batches.first(min(_IMAGES, batches.images)):
-        wanted, answers = _joined(toolkits(batch.cpu())), _joined(model(batch))
+        wanted, answers, copys = _joined(toolkits(batch.cpu())), _joined(model(batch)), _joined(alike(batch.cpu()))
         changed += float((wanted - _joined(floats(batch.cpu()))).square().sum())
         ours += float((wanted - answers).square().sum())
-        copied += float((wanted - _joined(alike(batch.cpu()))).square().sum())
+        copied += float((wanted - copys).square().sum())
+        moved += float((copys - _joined(nudged_copy(batch.cpu()))).square().sum())
         same += int((answers.argmax(1) == wanted.argmax(1)).sum())
         images += len(batch)
-    distance, with_its_rounding = ((apart / changed) ** 0.5 if apart else 0.0 for apart in (ours, copied))
-    if not with_its_rounding <= TOLERANCE:
+    distance, with_its_rounding, nudged = ((d / changed) ** 0.5 if d else 0.0 for d in (ours, copied, moved))
+    allowed = max(TOLERANCE, nudged)
+    if not with_its_rounding <= allowed:
         raise Unsupported(
             f"the network as read from {toolkit} answers unlike {toolkit}'s own: {with_its_rounding:.2f} of what"
-            f" quantization changes apart, {TOLERANCE} are allowed; {toolkit} does something that was not read"
+            f" quantization changes apart, {allowed:.2f} are allowed; {toolkit} does something that was not read"
         )
     return {
         "distance": distance,
         "with_its_rounding": with_its_rounding,
+        "nudged": nudged,
         "same_guess": same / images,
         "images": images,
     }

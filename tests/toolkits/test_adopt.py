@@ -13,7 +13,7 @@ from qbench.models.base import cross_entropy
 from qbench.quant.activations import ChannelQuantizer, StaticQuantizer, input_quantizer, quantize_input
 from qbench.quant.encodings import Affine
 from qbench.toolkits.adopt import prepare, put_parameters, put_quantizer, require
-from qbench.toolkits.agreement import compare
+from qbench.toolkits.agreement import TOLERANCE, compare
 from qbench.toolkits.places import Grid
 
 
@@ -110,10 +110,30 @@ def quantized(places):
 def test_a_network_that_was_misread_is_found():
     floats, toolkits = quantized([]), quantized([0, 2])
     told = compare(quantized([0, 2]), toolkits, floats, BATCHES, "it")
+    assert told.pop("nudged") < 1e-4
     assert told == {"distance": 0.0, "with_its_rounding": 0.0, "same_guess": 1.0, "images": 8}
     for places in ([0], [2], []):
         with pytest.raises(Unsupported, match="the network as read from it answers unlike it's own"):
             compare(quantized(places), toolkits, floats, BATCHES, "it")
+
+
+def test_a_network_that_the_order_of_sums_moves_far_may_be_as_far_from_the_toolkits():
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Linear(6, 6))
+    model = copy.deepcopy(floats)
+    quantize_input(model[2], StaticQuantizer(4, False, 0.25, 8))
+    toolkits = copy.deepcopy(model)
+    with torch.no_grad():  # every sum lies between two codes: a millionth decides
+        for net in (floats, model, toolkits):
+            net[1].weight.zero_()
+            net[1].bias.fill_(0.625)
+        toolkits[1].bias.mul_(1 + 1e-6)
+    nudged = compare(model, toolkits, floats, BATCHES, "it")["nudged"]
+    assert nudged > TOLERANCE
+    with torch.no_grad():
+        toolkits[2].weight.mul_(9)
+    with pytest.raises(Unsupported, match="answers unlike it's own"):
+        compare(model, toolkits, floats, BATCHES, "it")
 
 
 def test_values_halfway_may_be_rounded_in_another_way():
