@@ -113,7 +113,7 @@ def _centred(encoding: Affine) -> Tensor:
     return rows if encoding.zero_point is None else rows - encoding.zero_point
 
 
-class _IntegerWeight(nn.Module):
+class IntegerWeight(nn.Module):
     """A weight computed from int8 codes: the form that runtimes recognise, whatever is folded into the scales."""
 
     codes: Tensor
@@ -133,7 +133,7 @@ class _IntegerWeight(nn.Module):
         return self.codes.to(torch.float32) * self.scale
 
 
-class _IntegerInput(nn.Module):
+class IntegerInput(nn.Module):
     """A static quantizer of 8 bits that does what one of fewer bits does: runtimes know 8 bits only.
 
     Codes outside of the narrower range are cut off before they arise; inside, the two agree exactly.
@@ -147,33 +147,49 @@ class _IntegerInput(nn.Module):
         self.least = (quantizer.low - self.zero_point) * self.scale
         self.most = (quantizer.high - self.zero_point) * self.scale
 
+    def clip(self, x: Tensor) -> Tensor:
+        """To the range of fewer bits."""
+        return x.clamp(self.least, self.most) if self.cut else x
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.cut:
-            x = x.clamp(self.least, self.most)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.low + 255)
+        return torch.fake_quantize_per_tensor_affine(
+            self.clip(x), self.scale, self.zero_point, self.low, self.low + 255
+        )
 
 
-def with_integers(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """A copy on the CPU where `names` have weights made of int8 codes, and all that is quantized has 8 bits."""
+def with_integers(
+    model: nn.Module,
+    names: tuple[str, ...],
+    weight: type[IntegerWeight] = IntegerWeight,
+    quantizer: type[IntegerInput] = IntegerInput,
+) -> nn.Module:
+    """A copy on the CPU where `names` have weights made of int8 codes, and all that is quantized has 8 bits.
+
+    Args:
+        model: with encodings and input quantizers.
+        names: layers and products that `judge` calls integers.
+        weight: computes a weight from its codes.
+        quantizer: rounds inputs.
+    """
     attached = encodings(model)
     copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name in names:
         layer = copied.get_submodule(name)
         if isinstance(layer, MatMul):
             for operand in layer.children():
-                _quantize_as_integers(operand)
+                _replace(operand, quantizer)
             continue
         encoding = attached[full_name(name, "weight")]
         assert isinstance(encoding, Affine)
-        parametrize.register_parametrization(layer, "weight", _IntegerWeight(encoding), unsafe=True)
-        _quantize_as_integers(layer)
+        parametrize.register_parametrization(layer, "weight", weight(encoding), unsafe=True)
+        _replace(layer, quantizer)
     for edge in edges(copied).values():
         if input_quantizer(edge) is not None:
-            _quantize_as_integers(edge)
+            _replace(edge, quantizer)
     return copied
 
 
-def _quantize_as_integers(layer: nn.Module) -> None:
-    quantizer = input_quantizer(layer)
-    assert isinstance(quantizer, StaticQuantizer)
-    quantize_input(layer, _IntegerInput(quantizer))
+def _replace(layer: nn.Module, quantizer: type[IntegerInput]) -> None:
+    static = input_quantizer(layer)
+    assert isinstance(static, StaticQuantizer)
+    quantize_input(layer, quantizer(static))

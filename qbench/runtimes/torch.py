@@ -1,9 +1,10 @@
-"""PyTorch on the CPU: what the float network costs where it was trained. Quantized networks are simulations there."""
+"""PyTorch on the CPU: what the float network costs where it was trained, and its own compiler's integer kernels."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from qbench.errors import Unsupported
 from qbench.quant.layers import named_weight_layers
 from qbench.quant.matmuls import products
 from qbench.registry import runtime
+from qbench.runtimes import pt2e
 from qbench.runtimes.base import Compiled, Runtime, flatten
 from qbench.runtimes.integers import NOT, is_quantized, judge
 
@@ -22,11 +24,14 @@ from qbench.runtimes.integers import NOT, is_quantized, judge
 def pytorch(
     *, memory_format: Literal["contiguous", "channels_last"] = "channels_last", compile: bool = False
 ) -> Runtime:
-    """PyTorch on the CPU, for float networks: it would execute quantizers as the float arithmetic that simulates them.
+    """PyTorch on the CPU: float networks; quantized ones only if it compiles them, with the integer kernels of PT2E.
+
+    Uncompiled it would execute quantizers as the float arithmetic that simulates them, and refuses to.
 
     Args:
         memory_format: how images and weights lie in memory.
-        compile: with `torch.compile`, which takes up to a minute for each network and batch size.
+        compile: with `torch.compile`, which takes up to a minute for each network and batch size; for quantized
+            networks it needs torchao.
     """
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     return _Torch(formats[memory_format], compile)
@@ -39,25 +44,32 @@ class _Torch:
         self._format, self._compile = memory_format, compile
 
     def compile(self, module: nn.Module, example: Tensor, *, threads: int) -> Compiled:
-        if is_quantized(module):
-            integer, _ = judge(module)
-            raise Unsupported(f"{NOT}PyTorch has an integer kernel for none of the {len(integer)} integer layers")
-        network = copy.deepcopy(module).cpu().eval().requires_grad_(False).to(memory_format=self._format)
-        called: Callable[[Tensor], Any] = torch.compile(network) if self._compile else network
-        run = _runner(called, self._format, threads)
-        try:
-            run(example.cpu().numpy())
-        except RuntimeError as error:
-            raise Unsupported(f"PyTorch cannot compile the network: {str(error).partition(chr(10))[0]}") from error
-        return Compiled(run, 0, len(named_weight_layers(network)) + len(products(network)), (), {})
+        integer, floats = judge(module) if is_quantized(module) else ((), {})
+        if integer and not self._compile:
+            raise Unsupported(
+                f"{NOT}PyTorch has an integer kernel for none of the {len(integer)} integer layers"
+                " unless it compiles: torch[compile=true]"
+            )
+        plain = pt2e.lower(module, integer) if integer else copy.deepcopy(module).cpu().eval().requires_grad_(False)
+        network = plain.to(memory_format=self._format)
+        layers = len(named_weight_layers(network)) + len(products(network))
+        images = example.cpu().contiguous(memory_format=self._format)
+        torch.set_num_threads(threads)  # compiled code is made for as many
+        called = pt2e.compiled(network, images) if self._compile else network
+        run = partial(_run, called, self._format, threads)
+        if not integer:
+            return Compiled(run, 0, layers, (), {})
+        verified, executed = pt2e.count(partial(run, images.numpy()))
+        if not verified:
+            raise Unsupported(f"{NOT}PyTorch compiles none of the {len(integer)} integer layers to an integer kernel")
+        return Compiled(run, verified, executed, integer, floats)
 
 
-def _runner(called: Callable[[Tensor], Any], memory_format: torch.memory_format, threads: int) -> Any:
-    def run(batch: np.ndarray) -> list[np.ndarray]:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        with torch.inference_mode():
-            outputs = called(torch.from_numpy(batch).contiguous(memory_format=memory_format))
-        return [tensor.numpy() for tensor in flatten(outputs)]
-
-    return run
+def _run(
+    called: Callable[[Tensor], Any], memory_format: torch.memory_format, threads: int, batch: np.ndarray
+) -> list[np.ndarray]:
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    with torch.no_grad():  # under inference_mode the compiler does not know some of its own kernels
+        outputs = called(torch.from_numpy(batch).contiguous(memory_format=memory_format))
+    return [tensor.numpy() for tensor in flatten(outputs)]

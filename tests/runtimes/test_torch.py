@@ -1,6 +1,8 @@
-"""PyTorch runs float networks, in either layout, and refuses to pass off a simulation as integers."""
+"""PyTorch runs float networks, in either layout, compiles integer ones, and passes off no simulation as integers."""
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def test_the_layout_is_that_of_the_option() -> None:
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
     for options in ("[memory_format=contiguous]", "[memory_format=channels_last]"):
         _compile(model, x, f"torch{options}").run(x.numpy())
-    assert seen == [True, True, False, False]
+    assert seen == [True, False]
 
 
 def test_it_uses_the_threads_it_is_given() -> None:
@@ -50,19 +52,25 @@ def test_it_uses_the_threads_it_is_given() -> None:
     torch.set_num_threads(1)
     run(x.numpy())
     torch.set_num_threads(1)
-    assert used == [2, 2]
+    assert used == [2]
+
+
+def _quantized(*, symmetric: bool = False, bits: int = 8) -> nn.Module:
+    model = _network()
+    for layer in (model[0], model[3]):
+        encode(layer, Affine.nearest(weight_of(layer), 0.01, bits=8))
+        quantize_input(layer, StaticQuantizer(bits, symmetric, 0.1, 0 if symmetric else 3))
+    return model
 
 
 def test_a_simulation_is_refused() -> None:
-    model = _network()
-    encode(model[0], Affine.nearest(weight_of(model[0]), 0.01, bits=8))
-    quantize_input(model[0], StaticQuantizer(8, False, 0.1, 3))
-    with pytest.raises(Unsupported, match="PyTorch has an integer kernel for none of the 1 integer layers"):
+    model = _quantized()[:1]
+    with pytest.raises(Unsupported, match=r"none of the 1 integer layers unless it compiles: torch\[compile=true\]"):
         _compile(model, torch.randn(1, 3, 8, 8))
 
 
 def test_a_network_that_cannot_be_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(network: nn.Module) -> object:
+    def fail(network: nn.Module, **_: object) -> object:
         def run(_: torch.Tensor) -> None:
             raise RuntimeError("no compiler\nand much more")
 
@@ -71,6 +79,22 @@ def test_a_network_that_cannot_be_compiled_says_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(Unsupported, match=r"PyTorch cannot compile the network: no compiler$"):
         _compile(_network(), torch.randn(1, 3, 8, 8), "torch[compile=true]")
+
+
+def test_integer_kernels_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(Unsupported, match=r"torchao is not installed: pip install 'qbench\[torchao\]'"):
+        _compile(_quantized(), torch.randn(1, 3, 8, 8), "torch[compile=true]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("symmetric", "bits"), [(False, 8), (True, 8), (False, 4)])
+def test_compiled_integers_answer_as_they_are_simulated(symmetric: bool, bits: int) -> None:
+    pytest.importorskip("torchao", reason="torchao, an optional package, is not installed")
+    model, x = _quantized(symmetric=symmetric, bits=bits), torch.randn(2, 3, 8, 8)
+    compiled = _compile(model, x, "torch[compile=true]")
+    assert (compiled.integer_layers, compiled.compute_layers, compiled.claimed_layers) == (2, 2, ("0", "3"))
+    np.testing.assert_allclose(compiled.run(x.numpy())[0], model(x).detach().numpy(), atol=1e-4)
 
 
 def test_unknown_options_are_the_users_mistake() -> None:
