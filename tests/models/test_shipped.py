@@ -22,7 +22,7 @@ SHIPPED = {
     "digits_mlp": 0.94,
     "digit_detector": 0.60,
     "cifar10_resnet": 0.77,
-    "cifar10_mobilenet": 0.60,
+    "cifar10_mobilenet": 0.62,
 }
 """Least accuracy; those of CIFAR-10 are scored where its images are."""
 
