@@ -19,7 +19,6 @@ from qbench.runtimes.base import flatten
 TOLERANCE = 0.25
 """Greatest distance between both networks' answers, in parts of what quantization changes about them (2-norms)."""
 _NUDGE = 1 + 1e-6
-"""Of the sums of layers, about what the order of their terms changes in float32."""
 _IMAGES = 32
 
 Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,20 +62,18 @@ def compare(
     if rounding is not None:
         for quantizer in input_quantizers(alike).values():
             vars(quantizer)["forward"] = partial(_round, quantizer, rounding)
-    nudged_copy = copy.deepcopy(alike)
-    for layer in named_weight_layers(nudged_copy).values():
-        layer.register_forward_hook(lambda _layer, _inputs, sums: sums * _NUDGE)
+    elsewhere = nudged(alike)
     changed, ours, copied, moved, same, images = 0.0, 0.0, 0.0, 0.0, 0, 0
     for batch in batches.first(min(_IMAGES, batches.images)):
         wanted, answers, copys = _joined(toolkits(batch.cpu())), _joined(model(batch)), _joined(alike(batch.cpu()))
         changed += float((wanted - _joined(floats(batch.cpu()))).square().sum())
         ours += float((wanted - answers).square().sum())
         copied += float((wanted - copys).square().sum())
-        moved += float((copys - _joined(nudged_copy(batch.cpu()))).square().sum())
+        moved += float((copys - _joined(elsewhere(batch.cpu()))).square().sum())
         same += int((answers.argmax(1) == wanted.argmax(1)).sum())
         images += len(batch)
-    distance, with_its_rounding, nudged = ((d / changed) ** 0.5 if d else 0.0 for d in (ours, copied, moved))
-    allowed = max(TOLERANCE, nudged)
+    distance, with_its_rounding, itself = ((d / changed) ** 0.5 if d else 0.0 for d in (ours, copied, moved))
+    allowed = max(TOLERANCE, itself)
     if not with_its_rounding <= allowed:
         raise Unsupported(
             f"the network as read from {toolkit} answers unlike {toolkit}'s own: {with_its_rounding:.2f} of what"
@@ -85,10 +82,18 @@ def compare(
     return {
         "distance": distance,
         "with_its_rounding": with_its_rounding,
-        "nudged": nudged,
+        "nudged": itself,
         "same_guess": same / images,
         "images": images,
     }
+
+
+def nudged(model: nn.Module) -> nn.Module:
+    """A copy whose layers' sums change by a millionth, about what the order of their terms does to them in float32."""
+    copied = copy.deepcopy(model)
+    for layer in named_weight_layers(copied).values():
+        layer.register_forward_hook(lambda _layer, _inputs, sums: sums * _NUDGE)
+    return copied
 
 
 def _joined(outputs: Any) -> Tensor:
