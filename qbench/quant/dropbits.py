@@ -77,7 +77,10 @@ class DropBitsWeight(CpqWeight):
 
 def _mass(steps: Tensor, width: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """Of the logistic distribution around each number, between two bounds; all in steps of the grid."""
-    return torch.sigmoid((high - steps) / width) - torch.sigmoid((low - steps) / width)
+    # Seen from the side where both sigmoids are small: near 1 their difference has no digits left.
+    side = torch.where(steps < (low + high) / 2, -1.0, 1.0)
+    above, below = (torch.sigmoid(side * (bound - steps) / width) for bound in (high, low))
+    return side * (above - below)
 
 
 def _likeliest(steps: Tensor, width: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

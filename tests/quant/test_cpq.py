@@ -111,6 +111,19 @@ def test_dropping_agrees_with_all_levels_written_out(seed: int, bits: int) -> No
     torch.testing.assert_close(drawn.grad, other.grad, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("masks", [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1.0, 1.0, 0.5)])
+def test_gradients_of_dropped_levels_keep_their_digits(masks: tuple[float, ...]) -> None:
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        quantizer = DropBitsWeight(torch.randn(50), 4).to(dtype)
+        weight = (torch.linspace(-9, 8, 60) * quantizer.scale.item()).to(dtype).requires_grad_()
+        quantizer.dropped(weight, torch.tensor(masks, dtype=dtype)).sum().backward()
+        found.append(weight.grad.double())
+    exact, rounded = found
+    assert (rounded - exact).norm() < 1e-3 * exact.norm()
+
+
 def test_weights_beyond_the_grid_take_its_last_level() -> None:
     quantizer = DropBitsWeight(torch.randn(50), 4)
     far = torch.tensor([1e3, -1e3])
