@@ -29,8 +29,8 @@ def cpq(
 ) -> nn.Module:
     """Train with gradients that draw weights and inputs to the points of grids whose steps are learned (CPQ).
 
-    The gradient of a rounded number is that of the probability of its grid point (multi-class straight-through
-    estimator).
+    The gradient of a rounded weight is that of the probability of its grid point (multi-class straight-through
+    estimator), and so are those of all steps; gradients of inputs pass straight through, unlike in the paper.
 
     Args:
         model: the float model.

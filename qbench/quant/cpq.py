@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.quant.fakequant import LearnedInput, LearnedWeight
+from qbench.quant.straight_through import straight_through
 
 _START = 1 / 3
 """Of the width of the noise, in steps."""
@@ -84,7 +85,11 @@ class CpqWeight(LearnedWeight):
 
 
 class CpqInput(LearnedInput):
-    """CPQ on a layer's input; gradients of step and noise are divided as those of a weight's."""
+    """CPQ on a layer's input; gradients of step and noise are divided as those of a weight's.
+
+    To the layers before, the gradient passes as it is, inside the range: one that is odd around each level has a mean
+    of 0 over a cell, and tells them next to nothing.
+    """
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
@@ -96,4 +101,6 @@ class CpqInput(LearnedInput):
         self.gain /= math.sqrt(max(1, self.high))
 
     def quantized(self, x: Tensor) -> Tensor:
-        return promoted(x, self.scale, self.log_sigma.exp(), self.low, self.high, self.gain)
+        value = promoted(x.detach(), self.scale, self.log_sigma.exp(), self.low, self.high, self.gain)
+        inside = (value - x).detach().abs() <= self.scale.detach() / 2
+        return straight_through(x, value, inside.to(x.dtype))

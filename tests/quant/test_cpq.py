@@ -65,6 +65,19 @@ def test_noise_begins_with_a_third_of_the_step() -> None:
         torch.testing.assert_close(own.log_sigma.exp(), own.scale.detach() / 3)
 
 
+def test_gradients_of_inputs_pass_inside_the_range_and_those_of_steps_are_as_of_weights() -> None:
+    quantizer, x = CpqInput(2), torch.tensor([0.2, 0.6, 1.0, 3.4, 3.6, 9.0], requires_grad=True)
+    quantizer(x.detach())
+    quantizer.scale.data.fill_(1.0)
+    upstream = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0, 6.0])
+    quantizer(x).backward(upstream)
+    torch.testing.assert_close(x.grad, torch.tensor([1.0, -2.0, 3.0, 4.0, 0.0, 0.0]))
+    scale, sigma = (p.detach().clone().requires_grad_() for p in (quantizer.scale, quantizer.log_sigma))
+    promoted(x.detach(), scale, sigma.exp(), 0, 3, quantizer.gain).backward(upstream)
+    torch.testing.assert_close(quantizer.scale.grad, scale.grad)
+    torch.testing.assert_close(quantizer.log_sigma.grad, sigma.grad)
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 999), bits=st.integers(2, 8))
 def test_with_all_masks_one_dropbits_is_cpq(seed: int, bits: int) -> None:

@@ -107,3 +107,23 @@ def test_compiled_networks_answer_alike() -> None:
     model, x = _network(), torch.randn(2, 3, 8, 8)
     compiled = _compile(model, x, "torch[compile=true]")
     np.testing.assert_allclose(compiled.run(x.numpy())[0], model(x).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(Unsupported, match="no GPU"):
+        _compile(_network(), torch.randn(1, 3, 8, 8), "torch[device=cuda]")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("options", ["", ",compile=true"])
+def test_a_gpu_answers_as_the_cpu_does(options: str) -> None:
+    model, x = _network(), torch.randn(2, 3, 8, 8)
+    run = _compile(model, x, f"torch[device=cuda{options}]").run
+    np.testing.assert_allclose(run(x.numpy())[0], model(x).detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_has_no_integer_kernels() -> None:
+    with pytest.raises(Unsupported, match="unless it compiles"):
+        _compile(_quantized(), torch.randn(2, 3, 8, 8), "torch[device=cuda,compile=true]")
