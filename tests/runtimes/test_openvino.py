@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from qbench.quant.encodings import Affine, Codebook
 from qbench.quant.layers import encode, named_weight_layers, output_axis, weight_of
 from qbench.quant.log_quantizer import LogQuantizer
 from qbench.quant.matmuls import expose, operands, products
+from qbench.registry import parse, resolve
 from qbench.runtimes.base import Compiled, flatten
 from qbench.runtimes.saturation import saturates
+from qbench.workspace import Workspace
 
 pytest.importorskip("openvino", reason="the runtime is an optional extra: pip install 'qbench[openvino]'")
 
@@ -284,3 +287,20 @@ def test_without_the_extra_the_reason_is_that(x: Tensor, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(Unsupported, match=r"openvino is not installed \(pip install 'qbench\[openvino\]'\)"):
         _compile(_two(), x)
+
+
+@pytest.mark.usefixtures("exact_kernels")
+@pytest.mark.parametrize("model", ["digits_cnn", "digits_resnet"])
+def test_with_steps_that_are_powers_of_two_it_answers_to_the_last_digit_what_the_simulation_does(
+    model: str, tmp_path: Path
+) -> None:
+    space = Workspace(resolve("dataset", "digits"), resolve("model", model), (64, 0), tmp_path, torch.device("cpu"))
+    network = space.model.load()
+    for step in ("fold_bn", "rtn[power_of_two=true]", "activations[power_of_two=true]"):
+        network = resolve("method", *parse(step))(network, space.data(seed=0, trains=False)).eval()
+    images = space.images("evaluation").batch(range(64))
+    compiled = resolve("runtime", "openvino")().compile(network, images, threads=1)
+    with torch.no_grad():
+        simulated = network(images).numpy()
+    assert compiled.integer_layers == compiled.compute_layers
+    np.testing.assert_array_equal(compiled.run(np.ascontiguousarray(images.numpy()))[0], simulated)
