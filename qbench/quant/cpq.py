@@ -1,4 +1,4 @@
-"""Cluster-promoting quantization: weights and inputs are drawn to the grid points (arXiv:2109.02100)."""
+"""Cluster-promoting quantization: weights are drawn to the grid points (arXiv:2109.02100)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class _ClusterPromoting(torch.autograd.Function):
         level = grad * (codes * scale / sigma)
         scale_grad = (grad * codes + level * by_scale).sum_to_size(scale.shape) * ctx.gain
         sigma_grad = -(level * by_sigma).sum_to_size(sigma.shape) * ctx.gain
-        return -level * by_x, scale_grad, sigma_grad, None, None, None
+        x_grad = -level * by_x if ctx.needs_input_grad[0] else None
+        return x_grad, scale_grad, sigma_grad, None, None, None
 
 
 def _density(u: Tensor) -> Tensor:
@@ -102,5 +103,5 @@ class CpqInput(LearnedInput):
 
     def quantized(self, x: Tensor) -> Tensor:
         value = promoted(x.detach(), self.scale, self.log_sigma.exp(), self.low, self.high, self.gain)
-        inside = (value - x).detach().abs() <= self.scale.detach() / 2
-        return straight_through(x, value, inside.to(x.dtype))
+        inside = (value - x).detach().abs() <= self.scale / 2
+        return straight_through(x, value, inside)

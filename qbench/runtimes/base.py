@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+Device = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -29,7 +31,7 @@ class Compiled:
 class Runtime(Protocol):
     """Executes a network for real. `device` says whose energy it uses."""
 
-    device: Literal["cpu", "cuda"]
+    device: Device
 
     def compile(self, module: nn.Module, example: Tensor, *, threads: int) -> Compiled:
         """Compile for batches like `example`; the module is left as it was.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qbench.errors import Unsupported
 from qbench.quant.layers import full_name
 from qbench.registry import runtime
-from qbench.runtimes.base import Compiled, Runtime
+from qbench.runtimes.base import Compiled, Device, Runtime
 from qbench.runtimes.integers import NOT, is_quantized, judge
 from qbench.runtimes.onnx_graph import INPUT, import_onnx, to_onnx
 
@@ -43,7 +43,7 @@ def onnxruntime() -> Runtime:
 
 
 class _OnnxRuntime:
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
 
     def compile(self, module: nn.Module, example: Tensor, *, threads: int) -> Compiled:
         integer, floats = judge(module) if is_quantized(module) else ((), {})

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qbench.errors import Unsupported
 from qbench.registry import runtime
-from qbench.runtimes.base import Compiled, Runtime
+from qbench.runtimes.base import Compiled, Device, Runtime
 from qbench.runtimes.integers import NOT, is_quantized, judge, with_integers
 from qbench.runtimes.padding import fix_padding
 
@@ -33,7 +33,7 @@ def openvino() -> Runtime:
 
 
 class _OpenVino:
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
 
     def compile(self, module: nn.Module, example: Tensor, *, threads: int) -> Compiled:
         converted, integer, floats = to_openvino(module, example)

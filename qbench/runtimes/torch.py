@@ -16,10 +16,8 @@ from qbench.quant.layers import named_weight_layers
 from qbench.quant.matmuls import products
 from qbench.registry import runtime
 from qbench.runtimes import pt2e
-from qbench.runtimes.base import Compiled, Runtime, flatten
+from qbench.runtimes.base import Compiled, Device, Runtime, flatten
 from qbench.runtimes.integers import NOT, is_quantized, judge
-
-Device = Literal["cpu", "cuda"]
 
 
 @runtime("torch")

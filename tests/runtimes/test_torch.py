@@ -16,6 +16,8 @@ from qbench.quant.encodings import Affine
 from qbench.quant.layers import encode, weight_of
 from qbench.runtimes.base import Compiled
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
 
 def _compile(model: nn.Module, x: torch.Tensor, reference: str = "torch", threads: int = 1) -> Compiled:
     engine = registry.resolve("runtime", *registry.parse(reference))()
@@ -115,7 +117,7 @@ def test_without_a_gpu_it_says_so() -> None:
         _compile(_network(), torch.randn(1, 3, 8, 8), "torch[device=cuda]")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@gpu
 @pytest.mark.parametrize("options", ["", ",compile=true"])
 def test_a_gpu_answers_as_the_cpu_does(options: str) -> None:
     model, x = _network(), torch.randn(2, 3, 8, 8)
@@ -123,7 +125,7 @@ def test_a_gpu_answers_as_the_cpu_does(options: str) -> None:
     np.testing.assert_allclose(run(x.numpy())[0], model(x).detach().numpy(), atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@gpu
 def test_a_gpu_has_no_integer_kernels() -> None:
     with pytest.raises(Unsupported, match="unless it compiles"):
         _compile(_quantized(), torch.randn(2, 3, 8, 8), "torch[device=cuda,compile=true]")
